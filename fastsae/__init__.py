@@ -1,0 +1,13 @@
+"""fastsae: fused kernels for sparse autoencoders.
+
+`fastsae.ops` holds the operators, `fastsae.nn` the modules, `fastsae.optim` the optimizers that
+consume gradients in factored form. `fastsae.use_backend`, `fastsae.explain` and `fastsae.info`
+choose and show backends.
+"""
+
+from ._dispatch import explain, use_backend
+from ._version import __version__
+from .info import info
+from . import nn, ops, optim  # isort: skip
+
+__all__ = ["__version__", "explain", "info", "nn", "ops", "optim", "use_backend"]

@@ -1,0 +1,15 @@
+"""Public operators. One file each: schema, checks, fake, autograd, docstring."""
+
+from .sparse_adam_step import sparse_adam_step
+from .sparse_decode import sparse_decode
+from .sparse_grad_values import sparse_grad_values
+from .sparse_grad_weight import sparse_grad_weight
+from .topk_encode import topk_encode
+
+__all__ = [
+    "sparse_adam_step",
+    "sparse_decode",
+    "sparse_grad_values",
+    "sparse_grad_weight",
+    "topk_encode",
+]

@@ -1,0 +1,140 @@
+"""Checks and registration that every op shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from .._library import lib
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in tensor.shape) + "]"
+
+
+def check_floats(op: str, **tensors: torch.Tensor | None) -> None:
+    """All of one floating dtype, on one device. The first named tensor sets both."""
+    first = ""
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        if dtype is None:
+            first, dtype, device = name, tensor.dtype, tensor.device
+        elif tensor.dtype != dtype:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} and {first} is {dtype}; they must have one dtype"
+            )
+        elif tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and {first} on {device}; move them together"
+            )
+
+
+def check_matrix(op: str, name: str, tensor: torch.Tensor, axes: str) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must be {axes}, got {shape(tensor)}")
+
+
+def check_vector(op: str, name: str, tensor: torch.Tensor | None, size: Any, axis: str) -> None:
+    if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
+        raise ValueError(f"{op}: {name} must be [{axis}] = [{size}], got {shape(tensor)}")
+
+
+def check_indices(op: str, indices: torch.Tensor, like: torch.Tensor, name: str) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
+    if indices.device != like.device:
+        raise ValueError(
+            f"{op}: indices is on {indices.device} and {name} on {like.device}; move them together"
+        )
+
+
+def check_pairs(op: str, values: torch.Tensor, indices: torch.Tensor) -> None:
+    if values.shape != indices.shape or values.dim() < 1:
+        raise ValueError(
+            f"{op}: values {shape(values)} and indices {shape(indices)} must have the same "
+            "shape [..., K]"
+        )
+    check_indices(op, indices, values, "values")
+
+
+def check_last(op: str, name: str, tensor: torch.Tensor, size: Any, axis: str) -> None:
+    if tensor.dim() < 1 or tensor.shape[-1] != size:
+        raise ValueError(
+            f"{op}: {name} must be [..., {axis}] with {axis} = {size}, got {shape(tensor)}"
+        )
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., X] as contiguous [N, X]."""
+    if tensor.dim() != 2:
+        tensor = (
+            tensor.reshape(-1, tensor.shape[-1])
+            if tensor.numel()
+            else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+        )
+    return tensor.contiguous()
+
+
+def flat_indices(indices: torch.Tensor, n_latents: int) -> torch.Tensor:
+    """[..., K] as contiguous int32 [N, K]; an index that int32 cannot hold stays out of range."""
+    if indices.dtype == torch.int64:
+        # clamp keeps a huge index out of range instead of wrapping it to a valid one
+        indices = indices.clamp(-1, n_latents).to(torch.int32)
+    return flat(indices)
+
+
+def refuse_double_backward(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
+    """Backward passes of these ops are kernels without a derivative of their own."""
+    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+        raise RuntimeError(f"{op}: double backward is not supported; detach the gradient first")
+
+
+def no_gradient(op: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{op}: has no derivative (double backward is not supported); detach its inputs"
+        )
+
+    return backward
+
+
+def register(
+    op: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
+    """Registers an op's implementation, fake, autograd and autocast rule.
+
+    `autocast` maps the op's arguments to what it runs on inside an autocast region: activations are
+    cast to the weights' dtype (never the weights, which would be a copy of them per call).
+    """
+    lib.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastsae::{op}", fake, lib=lib)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastsae::{op}", backward, setup_context=setup_context, lib=lib
+        )
+    if autocast is not None:
+        overload = getattr(torch.ops.fastsae, op).default
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+            def run_autocast(*args: Any, _device: str = device) -> Any:
+                with torch.autocast(_device, enabled=False):
+                    return overload(*autocast(*args))
+
+            lib.impl(op, run_autocast, key)

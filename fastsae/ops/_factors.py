@@ -1,0 +1,137 @@
+"""Gradients in factored form.
+
+The gradient of a weight row is a sum over pairs, dW[i] = sum_{n, j: indices[n, j] = i} v[n, j] *
+rows[n]. A parameter that an optimizer of `fastsae.optim` owns carries a list, and the backward pass
+appends (v, indices, rows) to it instead of forming dW. The optimizer consumes the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._common import flat
+
+_ATTRIBUTE = "_fastsae_factors"
+
+
+@dataclass
+class Factor:
+    """One backward call's contribution to a weight gradient, and the version of each tensor."""
+
+    values: torch.Tensor  # [N, K]
+    indices: torch.Tensor  # [N, K] int32
+    rows: torch.Tensor  # [N, D]
+
+    def __post_init__(self) -> None:
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        # inference tensors have no version counter
+        return tuple(
+            0 if t.is_inference() else t._version for t in (self.values, self.indices, self.rows)
+        )
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if a tensor was written to after backward recorded it."""
+        if self._versions != self._now():
+            raise RuntimeError(
+                "FusedAdam: a tensor that the gradient of a weight depends on was modified in "
+                "place between backward() and step() (often the batch's input buffer); step "
+                "first, or give each backward its own batch"
+            )
+
+
+def own(param: torch.Tensor) -> None:
+    """Makes the backward pass record factors for `param` from now on."""
+    if factors(param) is None:
+        setattr(param, _ATTRIBUTE, [])
+
+
+def disown(param: torch.Tensor) -> None:
+    """Gives `param` ordinary gradients again."""
+    if factors(param) is not None:
+        delattr(param, _ATTRIBUTE)
+
+
+def factors(param: torch.Tensor) -> list[Factor] | None:
+    """The recorded factors of a parameter; None when nothing owns it."""
+    return getattr(param, _ATTRIBUTE, None)
+
+
+def records(param: torch.Tensor) -> bool:
+    """Whether this call's gradient of `param` is to be recorded, not formed.
+
+    Inside torch.compile the backward is traced ahead of time and cannot append to a list: there
+    the gradient is formed as usual, and the optimizer takes it from `param.grad`.
+    """
+    return (
+        factors(param) is not None
+        and param.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _RecordEncode(torch.autograd.Function):
+    """Identity on the values; backward records the factors of dW_enc."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        W_enc: torch.Tensor,
+        indices: torch.Tensor,
+        x: torch.Tensor,
+        relu: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values, indices, x)
+        ctx.sink, ctx.relu = factors(W_enc), relu
+        return values.view_as(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        values, indices, x = ctx.saved_tensors
+        grad_pre = grad * (values > 0) if ctx.relu else grad
+        ctx.sink.append(Factor(flat(grad_pre.detach()), flat(indices), flat(x.detach())))
+        return grad, None, None, None, None
+
+
+class _RecordDecode(torch.autograd.Function):
+    """Identity on the output; backward records the factors of dW_dec."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: torch.Tensor,
+        W_dec: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(values, indices)
+        ctx.sink = factors(W_dec)
+        return out.view_as(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        values, indices = ctx.saved_tensors
+        ctx.sink.append(Factor(flat(values.detach()), flat(indices), flat(grad.detach())))
+        return grad, None, None, None
+
+
+def record_encode(
+    values: torch.Tensor, W_enc: torch.Tensor, indices: torch.Tensor, x: torch.Tensor, relu: bool
+) -> torch.Tensor:
+    """Values whose backward records the factors of W_enc's gradient."""
+    return _RecordEncode.apply(values, W_enc, indices, x, relu)  # type: ignore[no-untyped-call]
+
+
+def record_decode(
+    out: torch.Tensor, W_dec: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """Output whose backward records the factors of W_dec's gradient."""
+    return _RecordDecode.apply(out, W_dec, values, indices)  # type: ignore[no-untyped-call]

@@ -1,0 +1,120 @@
+"""sparse_decode: the SAE decoder's product over the active latents only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _dispatch
+from . import _common, _factors
+
+_OP = "sparse_decode"
+
+
+def sparse_decode(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""The decoder's output from sparse activations.
+
+    .. math:: out_n = \sum_k values_{nk} W_{dec, indices_{nk}} + b_{dec}
+
+    Args:
+        values: [..., K] activations, dtype of W_dec.
+        indices: [..., K] int32 or int64 in [0, F). Repeated indices add up.
+        W_dec: [F, D], one row per latent, fp32, bf16, fp16 (fp64 on the CPU).
+        b_dec: [D] or None.
+
+    Returns:
+        [..., D] in the dtype of W_dec. Sums run in fp32 (fp64 for fp64) in the order of K and are
+        rounded once; runs are repeatable bit for bit.
+
+    Gradients reach values, W_dec and b_dec. Inside autocast, values are cast to the dtype of W_dec.
+    [N, K, D] is never allocated.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: dtypes differ or are not supported.
+        RuntimeError: an index out of range (found on the CPU before anything is read).
+
+    Source: the sparse decoder of Gao et al. 2024, section 2.
+    """
+    if _factors.records(W_dec):
+        out = torch.ops.fastsae.sparse_decode(values, indices, W_dec.detach(), b_dec)
+        return _factors.record_decode(out, W_dec, values.to(W_dec.dtype), indices)
+    result: torch.Tensor = torch.ops.fastsae.sparse_decode(values, indices, W_dec, b_dec)
+    return result
+
+
+def _check(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None,
+) -> None:
+    _common.check_floats(_OP, W_dec=W_dec, values=values, b_dec=b_dec)
+    _common.check_matrix(_OP, "W_dec", W_dec, "[F, D]")
+    _common.check_pairs(_OP, values, indices)
+    _common.check_vector(_OP, "b_dec", b_dec, W_dec.shape[1], "D")
+
+
+def _run(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _check(values, indices, W_dec, b_dec)
+    out: torch.Tensor = _dispatch.select(_OP, W_dec)(
+        _common.flat(values),
+        _common.flat_indices(indices, W_dec.shape[0]),
+        W_dec.contiguous(),
+        None if b_dec is None else b_dec.contiguous(),
+    )
+    return out.view(*values.shape[:-1], W_dec.shape[1])
+
+
+def _fake(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _check(values, indices, W_dec, b_dec)
+    return W_dec.new_empty(*values.shape[:-1], W_dec.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    values, indices, W_dec, b_dec = inputs
+    ctx.has_bias = b_dec is not None
+    ctx.save_for_backward(values, indices, W_dec)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    _common.refuse_double_backward(_OP, (grad, *ctx.saved_tensors))
+    values, indices, W_dec = ctx.saved_tensors
+    dvalues = dW_dec = db_dec = None
+    if ctx.needs_input_grad[0]:
+        dvalues = torch.ops.fastsae.sparse_grad_values(grad, indices, W_dec)
+    if ctx.needs_input_grad[2]:
+        dW_dec = torch.ops.fastsae.sparse_grad_weight(values, indices, grad, W_dec.shape[0])
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        db_dec = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return dvalues, None, dW_dec, db_dec
+
+
+def _autocast(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
+    return values.to(W_dec.dtype), indices, W_dec, b_dec
+
+
+_common.register(
+    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
+)

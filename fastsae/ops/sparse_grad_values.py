@@ -1,0 +1,72 @@
+"""sparse_grad_values: the decoder's gradient with respect to the active values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _dispatch
+from . import _common
+
+_OP = "sparse_grad_values"
+
+
+def sparse_grad_values(
+    grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor
+) -> torch.Tensor:
+    r"""Inner products of each token's gradient with the rows of its active latents.
+
+    .. math:: out_{nk} = \langle grad\_out_n, W_{dec, indices_{nk}} \rangle
+
+    Args:
+        grad_out: [..., D], dtype of W_dec.
+        indices: [..., K] int32 or int64 in [0, F), leading shape of grad_out.
+        W_dec: [F, D] fp32, bf16, fp16 (fp64 on the CPU).
+
+    Returns:
+        [..., K] in the dtype of W_dec; sums in fp32 (fp64 for fp64), rounded once, repeatable.
+
+    It has no derivative. It is also "pre-activations of given latents": with W_enc for W_dec it
+    evaluates K chosen latents of every token.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+        RuntimeError: an index out of range (found on the CPU before anything is read).
+    """
+    out: torch.Tensor = torch.ops.fastsae.sparse_grad_values(grad_out, indices, W_dec)
+    return out
+
+
+def _check(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> None:
+    _common.check_floats(_OP, W_dec=W_dec, grad_out=grad_out)
+    _common.check_matrix(_OP, "W_dec", W_dec, "[F, D]")
+    _common.check_last(_OP, "grad_out", grad_out, W_dec.shape[1], "D")
+    _common.check_indices(_OP, indices, W_dec, "W_dec")
+    if indices.shape[:-1] != grad_out.shape[:-1] or indices.dim() < 1:
+        raise ValueError(
+            f"{_OP}: indices {_common.shape(indices)} and grad_out {_common.shape(grad_out)} must "
+            "agree in all but the last dimension"
+        )
+
+
+def _run(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+    _check(grad_out, indices, W_dec)
+    out: torch.Tensor = _dispatch.select(_OP, W_dec)(
+        _common.flat(grad_out), _common.flat_indices(indices, W_dec.shape[0]), W_dec.contiguous()
+    )
+    return out.view(indices.shape)
+
+
+def _fake(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+    _check(grad_out, indices, W_dec)
+    return W_dec.new_empty(indices.shape)
+
+
+def _autocast(
+    grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor
+) -> tuple[Any, ...]:
+    return grad_out.to(W_dec.dtype), indices, W_dec
+
+
+_common.register(_OP, _run, _fake, backward=_common.no_gradient(_OP), autocast=_autocast)

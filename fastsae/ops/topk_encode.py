@@ -1,0 +1,190 @@
+"""topk_encode: the exact top-k of an SAE encoder, without the dense [N, F] activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _dispatch
+from . import _common, _factors
+
+_OP = "topk_encode"
+_ACTIVATIONS = ("relu", "identity")
+
+
+def topk_encode(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    *,
+    activation: str = "relu",
+    rank_scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""The k largest latents of every token, `act(top_k(x W_enc^T + b_enc))`.
+
+    .. math::
+        h_{nf} = \langle x_n, W_{enc,f} \rangle + b_{enc,f}, \quad
+        indices_n = \operatorname{argtopk}_f (h_{nf} \cdot scale_f), \quad
+        values_n = act(h_{n, indices_n})
+
+    Args:
+        x: [..., D] activations, any leading shape, fp32, bf16, fp16 (fp64 on the CPU).
+        W_enc: [F, D], one row per latent, dtype of x. Row-major; another layout is copied.
+        b_enc: [F] or None.
+        k: 1 <= k <= F.
+        activation: "relu" (applied after the selection, so fewer than k values may be positive) or
+            "identity".
+        rank_scale: [F] or None. Latents are ranked by `h * rank_scale` (e.g. the decoder's row
+            norms); the returned values are not scaled. It gets no gradient.
+        latents: [M] integer or None. Only these latents compete (k <= M); the indices returned are
+            still those of W_enc. Their M rows are gathered.
+
+    Returns:
+        values [..., k] in the dtype of x, and indices [..., k] int32.
+
+        Sums run in fp32 (fp64 for fp64), the selection is exact in that precision, and values are
+        rounded once. Order is canonical on every backend: by rank descending, ties by lowest index
+        (by position in `latents` when given). NaN ranks above +inf, as in `torch.topk`; a row with
+        NaN or inf still gets k distinct in-range indices. Runs are repeatable bit for bit.
+
+    Gradients reach x, W_enc and b_enc through the selected latents only. Inside autocast, x is cast
+    to the dtype of W_enc. No backend but `reference` allocates anything of size N x F.
+
+    Raises:
+        ValueError: a shape, device, k or activation does not fit.
+        TypeError: dtypes differ or are not supported.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 3; `rank_scale` is
+    SAELens's `rescale_acts_by_decoder_norm`.
+    """
+    if _factors.records(W_enc):
+        values, indices = torch.ops.fastsae.topk_encode(
+            x, W_enc.detach(), b_enc, k, activation, rank_scale, latents
+        )
+        relu = activation == "relu"
+        return _factors.record_encode(values, W_enc, indices, x.to(W_enc.dtype), relu), indices
+    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastsae.topk_encode(
+        x, W_enc, b_enc, k, activation, rank_scale, latents
+    )
+    return result
+
+
+def _check(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    activation: str,
+    rank_scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+) -> None:
+    _common.check_floats(_OP, W_enc=W_enc, x=x, b_enc=b_enc, rank_scale=rank_scale)
+    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    f, d = W_enc.shape
+    if d == 0:
+        raise ValueError(f"{_OP}: W_enc must have D >= 1, got {_common.shape(W_enc)}")
+    _common.check_last(_OP, "x", x, d, "D")
+    _common.check_vector(_OP, "b_enc", b_enc, f, "F")
+    _common.check_vector(_OP, "rank_scale", rank_scale, f, "F")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{_OP}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
+    competing, name = f, "F"
+    if latents is not None:
+        if latents.dim() != 1:
+            raise ValueError(f"{_OP}: latents must be [M], got {_common.shape(latents)}")
+        _common.check_indices(_OP, latents, W_enc, "W_enc")
+        competing, name = latents.shape[0], "M, the number of latents"
+    if not 1 <= k <= competing:
+        raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {k}")
+
+
+def _run(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    activation: str = "relu",
+    rank_scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, W_enc, b_enc, k, activation, rank_scale, latents)
+    if latents is not None:
+        chosen = latents.long()
+        W_enc = W_enc.index_select(0, chosen)
+        b_enc = None if b_enc is None else b_enc.index_select(0, chosen)
+        rank_scale = None if rank_scale is None else rank_scale.index_select(0, chosen)
+    values, indices = _dispatch.select(_OP, x)(
+        _common.flat(x),
+        W_enc.contiguous(),
+        None if b_enc is None else b_enc.contiguous(),
+        k,
+        activation == "relu",
+        None if rank_scale is None else rank_scale.contiguous(),
+    )
+    if latents is not None:
+        indices = latents.to(torch.int32)[indices.long()]
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def _fake(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    activation: str = "relu",
+    rank_scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, W_enc, b_enc, k, activation, rank_scale, latents)
+    size = (*x.shape[:-1], k)
+    return x.new_empty(size), x.new_empty(size, dtype=torch.int32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, W_enc, b_enc, _, activation, _, _ = inputs
+    values, indices = output
+    ctx.relu = activation == "relu"
+    ctx.has_bias = b_enc is not None
+    ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, W_enc, values, indices)
+
+
+def _backward(
+    ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    _common.refuse_double_backward(_OP, (grad, *ctx.saved_tensors))
+    x, W_enc, values, indices = ctx.saved_tensors
+    grad_pre = grad * (values > 0) if ctx.relu else grad
+    f = W_enc.shape[0]
+    dx = dW_enc = db_enc = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.fastsae.sparse_decode(grad_pre, indices, W_enc)
+    if ctx.needs_input_grad[1]:
+        dW_enc = torch.ops.fastsae.sparse_grad_weight(grad_pre, indices, x, f)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        ones = grad_pre.new_ones(*grad_pre.shape[:-1], 1)
+        db_enc = torch.ops.fastsae.sparse_grad_weight(grad_pre, indices, ones, f).squeeze(1)
+    return dx, dW_enc, db_enc, None, None, None, None
+
+
+def _autocast(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    activation: str = "relu",
+    rank_scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
+    return x.to(W_enc.dtype), W_enc, b_enc, k, activation, rank_scale, latents
+
+
+_common.register(
+    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
+)

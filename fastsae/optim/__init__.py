@@ -1,0 +1,1 @@
+"""Placeholder replaced when the folder gets its modules."""
