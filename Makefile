@@ -1,0 +1,75 @@
+# Every target does its own set-up. `make quickstart` and `make test` are all that a new user needs.
+#
+#   PYTHON=python3.12   which interpreter makes the virtual environment (3.10 or newer)
+#   VENV=.venv          where it goes
+#   ARGS="..."          passed on to quickstart, pytest or the benchmarks
+#
+# pip's own settings apply (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL): use them to take torch from an
+# index of CPU builds if the default one would bring CUDA to a machine without a GPU.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+KERNELS := $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format bench build clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.built ## train an SAE on the embedded model, steer with it, write a page
+	$(BIN)/fastsae quickstart $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.test ## the test suite
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.lint ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.built $(VENV)/.bench ## every benchmark with its peers (many minutes)
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done
+
+build: $(VENV)/.built ## environment and compiled kernels only
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info fastsae/*.so .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	@test -n "$(PYTHON)" || { echo "fastsae needs Python 3.10 or newer: install one, or set PYTHON"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) lacks the venv module (on Debian and Ubuntu: install python3-venv)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch (the largest download) ..."
+	$(PIP) setuptools torch numpy
+	touch $@
+
+# An editable install: Python sources are live, the kernels are rebuilt when csrc changes.
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
+	@echo "installing fastsae and compiling its kernels ..."
+	FASTSAE_BUILD=$(or $(FASTSAE_BUILD),1) $(PIP) --no-build-isolation -e '.[quickstart]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) pytest pytest-xdist hypothesis
+	touch $@
+
+# The type checker reads the installed libraries' types.
+$(VENV)/.lint: $(VENV)/.built
+	$(PIP) ruff mypy clang-format
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) --no-build-isolation -e '.[bench]'
+	touch $@
