@@ -55,7 +55,8 @@ PRIVATE_SCHEMAS = {
 for _op, _schema in PUBLIC_SCHEMAS.items():
     lib.define(_op + _schema)
 for _op, _schema in PRIVATE_SCHEMAS.items():
-    lib.define(f"{_op}_cpu{_schema}")
+    for _backend in ("cpu", "cuda"):
+        lib.define(f"{_op}_{_backend}{_schema}")
 lib.define("_cpu_level() -> str")
 lib.define("_cpu_levels() -> str")
 lib.define("_set_cpu_level(str level) -> ()")

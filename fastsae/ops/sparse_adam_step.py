@@ -47,7 +47,8 @@ def sparse_adam_step(
             they are (`torch.optim.SparseAdam`). Otherwise every row decays and moves, exactly as in
             `torch.optim.Adam` with a dense gradient that is zero there.
         unit_norm: remove from g_i its component along p_i before the moments, and scale every
-            updated row to norm 1 afterwards (a zero row stays zero).
+            updated row to norm 1 afterwards (a zero row stays zero). weight_decay pulls along p_i, so
+            it has no effect here.
 
     Equal to `torch.optim.Adam` to rounding; repeatable bit for bit. One pass over param and moments.
 
@@ -130,8 +131,12 @@ def _run(
     lazy: bool,
     unit_norm: bool,
 ) -> None:
-    adam = (lr, beta1, beta2, eps, weight_decay, step, lazy, unit_norm)
-    _check(param, exp_avg, exp_avg_sq, values, indices, rows, *adam)
+    _check(
+        param, exp_avg, exp_avg_sq, values, indices, rows,
+        lr, beta1, beta2, eps, weight_decay, step, lazy, unit_norm,
+    )  # fmt: skip
+    if unit_norm:  # computing p * decay and projecting it out again would leave rounding noise
+        weight_decay = 0.0
     _dispatch.select(_OP, param)(
         param,
         exp_avg,
@@ -139,7 +144,14 @@ def _run(
         _common.flat(values),
         _common.flat_indices(indices, param.shape[0]),
         _common.flat(rows),
-        *adam,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        lazy,
+        unit_norm,
     )
 
 

@@ -1,0 +1,84 @@
+"""The one tolerance table, backends, and the comparison every kernel test uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import _dispatch
+
+# Absolute slack on top of twice the reference's own rounding error, for data of order 1.
+ATOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("triton", "cuda") else "cpu"
+
+
+@pytest.fixture(params=_dispatch.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend in turn; one that this machine cannot run is skipped with its reason."""
+    name = request.param
+    op = request.module.__name__.rpartition("test_")[2]
+    if op in _dispatch.OPS:
+        why = _dispatch._missing(op, name, device_of(name), torch.float32)
+        if why is None and device_of(name) == "cuda" and not torch.cuda.is_available():
+            why = "no GPU"
+        if why is not None:
+            pytest.skip(f"{name}: {why}")
+    with fastsae.use_backend(name):
+        yield name
+
+
+@pytest.fixture(params=DTYPES, ids=dtype_id)
+def dtype(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
+    if request.param == torch.float64 and device_of(backend) == "cuda":
+        pytest.skip(f"{backend}: fp64 runs on the CPU only")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh allocations come filled with NaN, so that an output not written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    if truth.numel() == 0:
+        return 0.0
+    return float((value.double().cpu() - truth.double().cpu()).abs().max())
+
+
+def assert_close(
+    got: torch.Tensor,
+    truth: torch.Tensor,
+    plain: torch.Tensor,
+    dtype: torch.dtype,
+    scale: float = 1,
+) -> None:
+    """err(got) <= 2 * err(plain low-precision version) + atol * scale, both against fp64."""
+    assert got.shape == truth.shape
+    assert got.dtype == dtype
+    bound = 2 * max_error(plain, truth) + ATOL[dtype] * scale
+    error = max_error(got, truth)
+    assert not math.isnan(error) and error <= bound, f"error {error:.3g} over {bound:.3g}"

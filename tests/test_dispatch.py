@@ -1,0 +1,93 @@
+"""Choosing, forcing and explaining backends; what `import fastsae` costs and pulls in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import _dispatch, _library, ops
+
+BUILT = _library.CPU_MISSING is None
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def test_forced_backend_runs_or_says_why():
+    x, W = torch.randn(3, 4), torch.randn(8, 4)
+    with fastsae.use_backend("reference"):
+        assert "reference (forced)" in fastsae.explain("topk_encode", x, W)
+        ops.topk_encode(x, W, None, 2)
+    with fastsae.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda.*need a GPU tensor"):
+        ops.topk_encode(x, W, None, 2)
+    with pytest.raises(ValueError, match="unknown backend 'gpu', one of reference, cpu"):
+        fastsae.use_backend("gpu")
+    assert "forced" not in fastsae.explain("topk_encode", x, W)
+
+
+def test_use_backend_holds_without_a_block_and_restores_after_an_error():
+    fastsae.use_backend("reference")
+    try:
+        assert _dispatch._forced == "reference"
+        with pytest.raises(KeyError), fastsae.use_backend("auto"):
+            assert _dispatch._forced is None
+            raise KeyError
+        assert _dispatch._forced == "reference"
+    finally:
+        fastsae.use_backend(None)
+
+
+def test_environment_variable():
+    code = "import fastsae; print(fastsae.explain('sparse_decode'))"
+    assert "reference (forced)" in python(code, FASTSAE_BACKEND="reference").stdout
+    wrong = python(code, FASTSAE_BACKEND="fast")
+    assert wrong.returncode != 0 and "FASTSAE_BACKEND: unknown backend 'fast'" in wrong.stderr
+
+
+def test_explain_names_every_backend_and_copies():
+    text = fastsae.explain("topk_encode", torch.zeros(3, 4), torch.zeros(4, 8).T)
+    for backend in _dispatch.BACKENDS:
+        assert f"  {backend}: " in text
+    assert "copied first, not contiguous: (8, 4)" in text
+    with pytest.raises(ValueError, match="unknown op 'encode'"):
+        fastsae.explain("encode")
+
+
+def test_info_is_json_and_names_every_op():
+    info = json.loads(json.dumps(fastsae.info()))
+    assert set(info["ops"]) == set(_dispatch.OPS)
+    assert info["fastsae"] == fastsae.__version__ and info["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not BUILT, reason=str(_library.CPU_MISSING))
+def test_cpu_kernels_are_the_default_and_bad_levels_are_named():
+    assert fastsae.info()["ops"]["topk_encode"]["cpu"]["backend"] == "cpu"
+    levels = torch.ops.fastsae._cpu_levels().split()
+    assert levels[0] == "portable" and torch.ops.fastsae._cpu_level() in levels
+    with pytest.raises(RuntimeError, match="portable"):
+        torch.ops.fastsae._set_cpu_level("sse9")
+    code = "import torch, fastsae; print(torch.ops.fastsae._cpu_level())"
+    assert python(code, FASTSAE_CPU_LEVEL="portable").stdout.strip() == "portable"
+
+
+def test_import_is_light():
+    """Under 0.3 s beyond torch (a loose bound here: CI machines are busy), and no heavy imports."""
+    code = (
+        "import torch, time, sys; t = time.perf_counter(); import fastsae; "
+        "print(time.perf_counter() - t); "
+        "print([m for m in ('transformers', 'matplotlib', 'typer', 'fastsae.cli', 'rich', "
+        "'jinja2') if m in sys.modules])"
+    )
+    runs = [python(code).stdout.split("\n") for _ in range(3)]
+    assert min(float(r[0]) for r in runs) < 0.3
+    assert runs[0][1] == "[]"

@@ -1,0 +1,54 @@
+"""One stem per op in every folder: no op without a reference, test and benchmark, no orphans."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastsae import _dispatch, _library, ops, reference
+
+ROOT = Path(__file__).parent.parent
+# the row-sparse result of sparse_grad_weight is an op of its own in the same files
+STEMS = sorted({op.removesuffix("_rows") for op in _dispatch.OPS})
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_its_files(stem):
+    for pattern in (
+        "fastsae/ops/{}.py",
+        "fastsae/reference/{}.py",
+        "csrc/cpu/{}.cpp",
+        "tests/test_{}.py",
+        "benchmarks/bench_{}.py",
+    ):
+        assert (ROOT / pattern.format(stem)).is_file(), pattern.format(stem)
+    assert callable(getattr(ops, stem)) and callable(getattr(reference, stem))
+
+
+@pytest.mark.parametrize(
+    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*.py")]
+)
+def test_no_kernel_file_is_an_orphan(folder, pattern):
+    orphans = [p.name for p in (ROOT / folder).glob(pattern) if p.stem not in STEMS]
+    assert not orphans
+
+
+def test_every_kernel_file_registers_its_op():
+    for path in (ROOT / "csrc/cpu").glob("*.cpp"):
+        assert re.search(rf'm\.impl\(\s*"{path.stem}_cpu"', path.read_text()), path.name
+
+
+def test_private_and_public_schemas_cover_the_same_ops():
+    assert set(_library.PUBLIC_SCHEMAS) == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
+
+
+def test_triton_kernels_refuses_the_top_level_name():
+    """Another, widely used package owns the import name `triton_kernels`."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import triton_kernels"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0 and "ImportError" in run.stderr
+    assert "fastsae.triton_kernels" in run.stderr

@@ -1,0 +1,167 @@
+"""sparse_adam_step on every backend against torch.optim.Adam."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import device_of, max_error, randn
+from test_sparse_decode import problem
+from test_sparse_grad_weight import truth
+
+from fastsae import ops
+
+HYPER = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8)
+
+
+def moments(param):
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(param, dtype=wide), torch.zeros_like(param, dtype=wide)
+
+
+def steps(param, n, k, count, backend_dtype, **options):
+    """`count` steps on fresh factors; yields the factors of each."""
+    m, v = moments(param)
+    f, d = param.shape
+    for t in range(1, count + 1):
+        values, indices, _, _ = problem(n, d, f, k, backend_dtype, param.device, seed=10 * t)
+        rows = randn(n, d, dtype=backend_dtype, seed=10 * t + 5).to(param.device)
+        ops.sparse_adam_step(param, m, v, values, indices, rows, step=t, **{**HYPER, **options})
+        yield values, indices, rows, m, v
+
+
+def project(param, grad):
+    square = param.square().sum(1, keepdim=True)
+    return grad - (grad * param).sum(1, keepdim=True) / square * param
+
+
+@pytest.mark.parametrize("unit_norm", [False, True], ids=["plain", "unit-norm"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01], ids=["no-decay", "decay"])
+@pytest.mark.parametrize("n,d,f,k", [(40, 33, 70, 5), (3, 64, 300, 2), (1, 1, 1, 1)])
+def test_dense_semantics_equal_torch_adam(backend, n, d, f, k, unit_norm, weight_decay):
+    if unit_norm and d == 1:
+        pytest.skip("a unit row of one element has nothing orthogonal to it")
+    start = torch.nn.functional.normalize(randn(f, d, dtype=torch.float64), dim=1)
+    param = start.float().to(device_of(backend))
+    twin = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([twin], lr=HYPER["lr"], betas=(0.9, 0.99), eps=1e-8)
+    options = dict(unit_norm=unit_norm, weight_decay=weight_decay)
+    for values, indices, rows, m, v in steps(param, n, k, 8, torch.float32, **options):
+        grad = truth(values, indices, rows, f)
+        if unit_norm:
+            twin.grad = project(twin.detach(), grad)
+        else:
+            twin.grad = grad + weight_decay * twin.detach()
+        adam.step()
+        if unit_norm:
+            twin.data = torch.nn.functional.normalize(twin.data, dim=1)
+        state = adam.state[twin]
+        assert max_error(m, state["exp_avg"]) < 3e-5
+        assert max_error(v, state["exp_avg_sq"]) < 3e-4
+        # where a gradient cancels to rounding, Adam's sign is noise of size lr
+        assert (param.double().cpu() - twin.detach()).abs().quantile(0.99) < 2e-6
+        assert max_error(param, twin.detach()) < 2 * HYPER["lr"]
+    if unit_norm:
+        assert max_error(param.norm(dim=1), torch.ones(f)) < 1e-6
+
+
+def test_fp64_is_adam_to_the_last_digits(backend):
+    if device_of(backend) == "cuda":
+        pytest.skip(f"{backend}: fp64 runs on the CPU only")
+    param = randn(60, 20, dtype=torch.float64)
+    twin = torch.nn.Parameter(param.clone())
+    adam = torch.optim.Adam([twin], lr=HYPER["lr"], betas=(0.9, 0.99), eps=1e-8)
+    for values, indices, rows, _, _ in steps(param, 30, 4, 8, torch.float64):
+        twin.grad = truth(values, indices, rows, 60)
+        adam.step()
+        assert max_error(param, twin.detach()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype_", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_params_keep_wide_moments(backend, dtype_):
+    start = randn(50, 40, dtype=dtype_).to(device_of(backend))
+    param = start.clone()
+    for values, indices, rows, m, v in steps(param, 20, 3, 1, dtype_):
+        grad = truth(values, indices, rows, 50)
+        assert max_error(m, 0.1 * grad) < 1e-5 and max_error(v, 0.01 * grad**2) < 1e-4
+        step = HYPER["lr"] * grad / (grad.abs() + 1e-8)
+        expected = start.double().cpu() - step
+        assert max_error(param, expected) <= float(start.abs().max()) * torch.finfo(dtype_).eps
+
+
+def test_lazy_leaves_other_rows_alone(backend):
+    start = torch.nn.functional.normalize(randn(300, 24), dim=1).to(device_of(backend))
+    param = start.clone()
+    dense = start.clone()
+    lazy_steps = steps(param, 10, 3, 3, torch.float32, lazy=True, unit_norm=True)
+    seen = torch.zeros(300, dtype=torch.bool)
+    for t, (_, indices, _, m, v) in enumerate(lazy_steps):
+        seen[indices.long().flatten().cpu()] = True
+        if t == 0:  # the first step of touched rows is the dense one
+            next(steps(dense, 10, 3, 1, torch.float32, unit_norm=True))
+            assert torch.equal(param[seen], dense[seen])
+    assert torch.equal(param[~seen], start[~seen]) and not torch.equal(param[seen], start[seen])
+    assert (m[~seen] == 0).all() and (v[~seen] == 0).all() and (v[seen] > 0).all()
+    assert max_error(param[seen].norm(dim=1), torch.ones(int(seen.sum()))) < 1e-6
+
+
+def test_zero_rows_stay_zero_under_unit_norm(backend):
+    param = torch.zeros(20, 8, device=device_of(backend))
+    for (*_,) in steps(param, 0, 2, 2, torch.float32, unit_norm=True):
+        assert torch.equal(param, torch.zeros_like(param))
+
+
+def test_index_out_of_range_writes_nothing():
+    param = randn(30, 8)
+    before = param.clone()
+    m, v = moments(param)
+    indices = torch.zeros(4, 2, dtype=torch.int32)
+    indices[3, 1] = 30
+    with pytest.raises(RuntimeError, match=r"\[0, 30\)"):
+        ops.sparse_adam_step(
+            param, m, v, torch.ones(4, 2), indices, torch.ones(4, 8), step=1, **HYPER
+        )
+    assert torch.equal(param, before) and not m.any() and not v.any()
+
+
+def test_repeatable(backend):
+    results = []
+    for _ in range(2):
+        param = randn(100, 40).to(device_of(backend))
+        for (*_,) in steps(param, 200, 8, 3, torch.float32):
+            pass
+        results.append(param)
+    assert torch.equal(*results)
+
+
+def test_opcheck(backend):
+    values, indices, W, _ = problem(6, 10, 30, 5, torch.float32, device_of(backend))
+    rows = randn(6, 10).to(W.device)
+    args = (W, *moments(W), values, indices, rows, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, False)
+    torch.library.opcheck(torch.ops.fastsae.sparse_adam_step.default, args)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(lr=-1.0), ValueError, "lr is out of range"),
+        (dict(beta2=1.0), ValueError, "beta2 is out of range"),
+        (dict(step=0), ValueError, "step is out of range"),
+        (dict(exp_avg=torch.zeros(9, 4)), ValueError, "exp_avg .* must match param"),
+        (dict(exp_avg=torch.zeros(9, 5).half()), TypeError, "exp_avg must be torch.float32"),
+        (dict(param=torch.zeros(5, 9).T), ValueError, "must be contiguous"),
+        (dict(rows=torch.zeros(4, 6)), ValueError, r"rows must be \[\.\.\., D\]"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, message):
+    args = dict(
+        param=torch.zeros(9, 5),
+        exp_avg=torch.zeros(9, 5),
+        exp_avg_sq=torch.zeros(9, 5),
+        values=torch.zeros(4, 2),
+        indices=torch.zeros(4, 2, dtype=torch.int32),
+        rows=torch.zeros(4, 5),
+        step=1,
+        **HYPER,
+    )
+    with pytest.raises(error, match="sparse_adam_step: .*" + message):
+        ops.sparse_adam_step(**{**args, **change})

@@ -1,0 +1,86 @@
+"""sparse_grad_weight, dense and row-sparse, on every backend against the definition in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_close, device_of, randn
+from test_sparse_decode import SHAPES, problem
+
+from fastsae import ops, reference
+
+
+def truth(values, indices, rows, f):
+    out = torch.zeros(f, rows.shape[-1], dtype=torch.float64)
+    pairs = (values.double()[..., None] * rows.double()[..., None, :]).flatten(0, -2)
+    return out.index_add_(0, indices.long().flatten().cpu(), pairs.cpu())
+
+
+@pytest.mark.parametrize("n,d,f,k", SHAPES)
+def test_matches_the_definition(backend, dtype, n, d, f, k):
+    values, indices, W, _ = problem(n, d, f, k, dtype, device_of(backend))
+    rows = randn(n, d, dtype=dtype, seed=7).to(W.device)
+    expected = truth(values, indices, rows, f)
+    plain = reference.sparse_grad_weight(values, indices, rows, f)
+    scale = 2 * (1 + n * k / f) ** 0.5
+    dense = ops.sparse_grad_weight(values, indices, rows, f)
+    assert_close(dense, expected, plain, dtype, scale=scale)
+    latents, grads = ops.sparse_grad_weight(values, indices, rows, f, layout="rows")
+    assert latents.dtype == torch.int32
+    assert torch.equal(latents.long(), indices.long().unique())
+    assert_close(grads, expected[latents.long().cpu()], plain[latents.long()], dtype, scale=scale)
+    again = ops.sparse_grad_weight(values, indices, rows, f, layout="rows")
+    assert torch.equal(dense, ops.sparse_grad_weight(values, indices, rows, f))
+    assert torch.equal(grads, again[1])
+
+
+def test_one_hot_latent_takes_every_pair(backend, dtype):
+    """All pairs in one segment: repeatable, and as accurate as a sum of that length can be."""
+    values, indices, W, _ = problem(300, 33, 50, 6, dtype, device_of(backend))
+    indices[:] = 17
+    rows = randn(300, 33, dtype=dtype, seed=7).to(W.device)
+    dense = ops.sparse_grad_weight(values, indices, rows, 50)
+    plain = reference.sparse_grad_weight(values, indices, rows, 50)
+    assert_close(dense, truth(values, indices, rows, 50), plain, dtype, scale=60)
+    assert (dense[:17] == 0).all() and (dense[18:] == 0).all()
+
+
+@pytest.mark.parametrize("n,k", [(0, 4), (3, 0)])
+def test_empty(backend, n, k):
+    values, indices, W, _ = problem(n, 30, 90, k, torch.float32, device_of(backend))
+    rows = W.new_zeros(n, 30)
+    assert torch.equal(ops.sparse_grad_weight(values, indices, rows, 90), W.new_zeros(90, 30))
+    latents, grads = ops.sparse_grad_weight(values, indices, rows, 90, layout="rows")
+    assert latents.shape == (0,) and grads.shape == (0, 30)
+
+
+@pytest.mark.parametrize("bad", [-1, 90, 2**33])
+@pytest.mark.parametrize("layout", ["dense", "rows"])
+def test_index_out_of_range(bad, layout):
+    values, indices, _, _ = problem(9, 30, 90, 6, torch.float32, "cpu")
+    indices = indices.long()
+    indices[8, 5] = bad
+    with pytest.raises(RuntimeError, match=r"sparse_grad_weight.*\[0, 90\)"):
+        ops.sparse_grad_weight(values, indices, torch.zeros(9, 30), 90, layout=layout)
+
+
+def test_opcheck_and_compile(backend):
+    values, indices, W, _ = problem(6, 10, 30, 5, torch.float32, device_of(backend))
+    rows = randn(6, 10).to(W.device)
+    args = (values, indices, rows, 30)
+    torch.library.opcheck(torch.ops.fastsae.sparse_grad_weight.default, args)
+    torch.library.opcheck(torch.ops.fastsae.sparse_grad_weight_rows.default, args)
+    compiled = torch.compile(ops.sparse_grad_weight, fullgraph=True)
+    assert torch.equal(compiled(*args), ops.sparse_grad_weight(*args))
+
+
+def test_bad_input():
+    values, indices = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="sparse_grad_weight: rows .* must agree"):
+        ops.sparse_grad_weight(values, indices, torch.zeros(3, 5), 9)
+    with pytest.raises(ValueError, match="layout must be"):
+        ops.sparse_grad_weight(values, indices, torch.zeros(4, 5), 9, layout="coo")
+    with pytest.raises(TypeError, match="values is torch.float32"):
+        ops.sparse_grad_weight(values, indices, torch.zeros(4, 5).half(), 9)
+    with pytest.raises(ValueError, match="n_latents must not be negative"):
+        ops.sparse_grad_weight(values, indices, torch.zeros(4, 5), -1)
