@@ -38,8 +38,8 @@ format: $(VENV)/.lint ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/.built $(VENV)/.bench ## every benchmark with its peers (many minutes)
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done
+bench: $(VENV)/.built $(VENV)/.bench ## every benchmark with its peers, into README.md (an hour)
+	PYTHON=$(BIN)/python benchmarks/run_all.sh $(ARGS)
 
 build: $(VENV)/.built ## environment and compiled kernels only
 
@@ -72,4 +72,6 @@ $(VENV)/.lint: $(VENV)/.built
 
 $(VENV)/.bench: $(VENV)/.built
 	$(PIP) --no-build-isolation -e '.[bench]'
+	# the SAE libraries pull a torchvision that does not match a CPU build of torch
+	$(BIN)/python -c 'import transformers.image_utils' 2>/dev/null || $(BIN)/python -m pip uninstall -q -y torchvision
 	touch $@

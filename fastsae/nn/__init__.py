@@ -1,5 +1,1 @@
-"""Sparse autoencoders as modules over `fastsae.ops`."""
-
-from .topk_sae import TopKSAE
-
-__all__ = ["TopKSAE"]
+"""Placeholder replaced when the folder gets its modules."""

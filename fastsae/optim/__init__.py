@@ -1,5 +1,1 @@
-"""Optimizers that consume weight gradients in factored form."""
-
-from .fused_adam import FusedAdam, has_unit_norm, set_unit_norm
-
-__all__ = ["FusedAdam", "has_unit_norm", "set_unit_norm"]
+"""Placeholder replaced when the folder gets its modules."""

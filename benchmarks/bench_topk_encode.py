@@ -1,0 +1,236 @@
+"""topk_encode against the bare product, eager PyTorch and the encoders of the SAE libraries.
+
+    python benchmarks/bench_topk_encode.py [--shapes 2048x768x24576] [--k 32] [--only REGEX]
+    python benchmarks/bench_topk_encode.py --real --cache DIR     # trained SAEs, real activations
+
+Each contender's selection is compared with the fp64 one, row by row: a contender whose selected
+pre-activations fall short of the fp64 k-th best by more than rounding is wrong and is not timed.
+The count of rows with exactly the fp64 set is printed beside the time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _harness as h
+import _peers as peers
+
+import fastsae
+
+NAME = "topk_encode"
+PLAIN = "fastsae, plain fp32 (avx512)"
+
+
+def fp64_top(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted indices of the fp64 top k per row, and the k-th value. In slabs of rows."""
+    wt = w.double().T
+    indices, kth = [], []
+    for rows in x.split(256):
+        pre = rows.double() @ wt
+        if b is not None:
+            pre += b.double()
+        top = pre.topk(k, dim=-1)
+        indices.append(top.indices.sort(dim=-1).values)
+        kth.append(top.values[:, -1])
+    return torch.cat(indices), torch.cat(kth)
+
+
+def selection_check(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int
+) -> Callable[[Any], str]:
+    """A check of (values, indices); the fp64 truth is computed once."""
+    truth: list[torch.Tensor] = []
+
+    def check(result: Any) -> str:
+        if not truth:
+            truth.extend(fp64_top(x, w, b, k))
+        best, kth = truth
+        values, indices = result[0], result[1].long()
+        if indices.shape != (len(x), k):
+            raise h.WrongError(f"indices are {tuple(indices.shape)}")
+        exact = (indices.sort(dim=-1).values == best).all(dim=-1)
+        off = (~exact).nonzero().squeeze(1)
+        eps = torch.finfo(x.dtype).eps
+        for row in off.tolist():
+            chosen = w[indices[row]].double()
+            pre = chosen @ x[row].double()
+            if b is not None:
+                pre += b[indices[row]].double()
+            # rounding of a fp32 dot product of D terms, relative to the terms' own size
+            slack = 8 * torch.finfo(torch.float32).eps * float(
+                (chosen.abs() @ x[row].double().abs()).max()
+            ) + (eps * float(kth[row].abs()) if x.dtype != torch.float32 else 0.0)
+            if len(set(indices[row].tolist())) < k or pre.min() < kth[row] - slack:
+                raise h.WrongError(
+                    f"row {row} misses a better latent by {kth[row] - pre.min():.2e}"
+                )
+        rows = slice(0, 64)
+        pre = torch.einsum("nd,nkd->nk", x[rows].double(), w[indices[rows]].double())
+        if b is not None:
+            pre += b[indices[rows]].double()
+        error = (values[rows].double() - pre.relu()).abs().max().item()
+        if error > 64 * eps * max(1.0, pre.abs().max().item()):
+            raise h.WrongError(f"values are off by {error:.1e}")
+        return f"{int(exact.sum())}/{len(x)} rows exact"
+
+    return check
+
+
+def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int) -> Any:
+    values, indices = torch.nn.functional.linear(x, w, b).relu().topk(k, dim=-1)
+    return values, indices
+
+
+def own_contenders(
+    xs: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    b: torch.Tensor | None,
+    k: int,
+    check: Callable[[Any], str],
+) -> list[h.Contender]:
+    def run(i: int) -> Any:
+        return fastsae.ops.topk_encode(xs[i % len(xs)], ws[i % len(ws)], b, k)
+
+    result = [h.Contender("fastsae", run, check)]
+    found = h.levels()
+    if "avx512_bf16" in found:
+        result.append(h.Contender(PLAIN, h.at_level("avx512", run), check))
+    if "avx2" in found:
+        result.append(h.Contender("fastsae, avx2", h.at_level("avx2", run), check))
+    return result
+
+
+def contenders(
+    shape: tuple[int, int, int], k: int, dtype: torch.dtype, with_peers: bool = True
+) -> list[h.Contender]:
+    n, d, f = shape
+    xs = [h.normal(n, d, seed=s, dtype=dtype) for s in range(4)]
+    copies = 1 if f * d * 4 > h.CACHE_BYTES / 3 else 2
+    ws = [h.unit_rows(f, d, seed=100 + s, dtype=dtype) for s in range(copies)]
+    b = h.normal(f, seed=7).mul_(0.01).to(dtype)
+    check = selection_check(xs[0], ws[0], b, k)
+
+    def run_eager(i: int) -> Any:
+        return eager(xs[i % len(xs)], ws[i % len(ws)], b, k)
+
+    result = h.products(xs, ws)
+    result += own_contenders(xs, ws, b, k, check)
+    if dtype != torch.float32:
+        # eager low precision rounds every score, so its selection is its own: not held to fp64
+        result.append(h.Contender("eager torch, default", run_eager, loose(check)))
+        return result
+    for library, label in (("default", "default"), ("onednn", "oneDNN")):
+        result.append(h.Contender(f"eager torch, {label}", run_eager, check, library))
+    if with_peers:
+        for library, label in (("onednn", "oneDNN"), ("default", "default")):
+            for peer, make in peers.ENCODERS.items():
+                result.append(
+                    h.Contender(f"{peer}, {label}", lazy(make, xs, ws[0], b, k), check, library)
+                )
+    return result
+
+
+def loose(check: Callable[[Any], str]) -> Callable[[Any], str]:
+    def checked(result: Any) -> str:
+        try:
+            return check(result)
+        except h.WrongError as error:
+            return f"not exact: {error}"
+
+    return checked
+
+
+def lazy(
+    make: Callable[..., Callable[[torch.Tensor], Any]],
+    xs: Sequence[torch.Tensor],
+    w: torch.Tensor,
+    b: torch.Tensor,
+    k: int,
+) -> Callable[[int], Any]:
+    """A peer is imported and built on its first run, so that a missing one is only a note."""
+    built: list[Callable[[torch.Tensor], Any]] = []
+
+    def run(i: int) -> Any:
+        if not built:
+            built.append(make(w, b, k))
+        with torch.no_grad():
+            return built[0](xs[i % len(xs)])
+
+    return run
+
+
+def real_contenders(f: int, k: int, cache: Path) -> tuple[list[h.Contender], tuple[int, int, int]]:
+    import _real
+
+    held_out, w, b, b_dec = _real.trained_sae(f, k, cache)
+    n = 2048
+    xs = [(rows - b_dec).contiguous() for rows in held_out.split(n) if len(rows) == n][:8]
+    check = selection_check(xs[0], w, b, k)
+
+    def run_eager(i: int) -> Any:
+        return eager(xs[i % len(xs)], w, b, k)
+
+    result = h.products(xs, [w])
+    result += own_contenders(xs, [w], b, k, check)
+    for library, label in (("default", "default"), ("onednn", "oneDNN")):
+        result.append(h.Contender(f"eager torch, {label}", run_eager, check, library))
+    return result, (n, w.shape[1], f)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = h.arguments(__doc__)
+    p.add_argument("--no-peers", action="store_true")
+    p.add_argument(
+        "--real", action="store_true", help="MiniLM activations and SAEs trained on them"
+    )
+    p.add_argument("--latents", nargs="+", type=int, default=[6144, 12288], help="with --real")
+    p.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fastsae-bench")
+    args = h.parse(p, argv)
+    if args.real:
+        for f in args.latents:
+            every, shape = real_contenders(f, args.k[0], args.cache)
+            results = h.measure(
+                h.chosen(every, args.only, [PLAIN]), rounds=args.rounds, seconds=args.seconds
+            )
+            plain = next((m for m in results if m.name == PLAIN), None)
+            rows = h.rows_of(
+                results, op=NAME, shape=shape, k=args.k[0], data="MiniLM layer 3, trained SAE"
+            )
+            for row, m in zip(rows, results):
+                ratio = m.ratio(plain)
+                if ratio is not None:
+                    row["of_plain"] = round(ratio, 4)
+            h.finish(NAME, f"topk_encode, MiniLM layer 3, F={f}, K={args.k[0]}", rows, args)
+            print("ratio to the plain path:", {r["contender"]: r.get("of_plain") for r in rows})
+        return
+    for shape in args.shapes:
+        for k in args.k:
+            for dtype in args.dtype:
+                every = contenders(shape, k, getattr(torch, dtype), not args.no_peers)
+                results = h.measure(
+                    h.chosen(every, args.only), rounds=args.rounds, seconds=args.seconds
+                )
+                rows = h.rows_of(results, op=NAME, shape=shape, k=k, dtype=dtype)
+                title = f"topk_encode N={shape[0]} D={shape[1]} F={shape[2]} K={k} {dtype}"
+                h.finish(NAME, title, rows, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topk_encode(benchmark: Any, dtype: torch.dtype) -> None:
+    x, w = h.normal(256, 64, seed=0, dtype=dtype), h.unit_rows(1024, 64, seed=1, dtype=dtype)
+    selection_check(x, w, None, 16)(fastsae.ops.topk_encode(x, w, None, 16))
+    benchmark(fastsae.ops.topk_encode, x, w, None, 16)
+
+
+if __name__ == "__main__":
+    main()

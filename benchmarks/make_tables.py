@@ -1,0 +1,268 @@
+"""Writes the measured tables into README.md, from the rows in benchmarks/results/cpu.
+
+    python benchmarks/make_tables.py [--check]
+
+Each table replaces what stands between `<!-- table:NAME -->` and `<!-- /table -->`. Nothing is
+measured here. `--check` only says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "cpu"
+README = HERE.parent / "README.md"
+Row = dict[str, Any]
+DEFAULT, ONEDNN = "product, default", "product, oneDNN"
+
+
+def load(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Rows of one shape together, by contender; shapes in the order of the issue's list."""
+    out: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for r in rows:
+        key = (r["dtype"] != "float32", -r["N"], -r["D"] if r["N"] > 1024 else 0, r["F"], r["K"])
+        out.setdefault(key, {})[r["contender"]] = r
+    return dict(sorted(out.items()))
+
+
+def shape(group: dict[str, Row]) -> str:
+    r = next(iter(group.values()))
+    dtype = "" if r["dtype"] == "float32" else f" {r['dtype']}"
+    return f"{r['N']}, {r['D']}, {r['F']}, {r['K']}{dtype}"
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def ms(row: Row | None, ratio: str | None = None) -> str:
+    if row is None:
+        return ""
+    if "failed" in row:
+        return row["failed"].split(":")[0]
+    cell = number(row["ms"])
+    return f"{cell} ({row[ratio]:.2f})" if ratio and ratio in row else cell
+
+
+def slower(row: Row | None) -> str:
+    """Milliseconds and how many times fastsae's time that is, in the same run."""
+    if row is None or "failed" in row or "of_own" not in row:
+        return ms(row)
+    return f"{number(row['ms'])} ({number(row['of_own'])}×)"
+
+
+def table(columns: list[str], lines: list[list[str]]) -> str:
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+    rows = [[columns[i] for i in used], ["---"] * len(used)]
+    rows += [[line[i] or "–" for i in used] for line in lines]
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+
+
+def where(rows: Iterable[Row]) -> str:
+    rows = list(rows)
+
+    def span(name: str) -> str:
+        found = sorted({str(r[name]) for r in rows if name in r})
+        return found[0] if len(found) == 1 else ", ".join(found)
+
+    return (
+        f"{span('cpu')}, {span('cores')} cores, {span('threads')} threads, torch {span('torch')}, "
+        f"fastsae {span('fastsae')} at {span('commit')}, {span('date')}."
+    )
+
+
+def encode() -> str:
+    rows = [r for r in load("topk_encode") if r["data"] == "random"]
+    if not rows:
+        return ""
+    columns = [
+        "N, D, F, K", "product, default", "product, oneDNN", "**fastsae**", "rows exact",
+        "plain fp32 path", "AVX2", "eager, default", "eager, oneDNN",
+        "sparsify", "SAELens", "dictionary_learning",
+    ]  # fmt: skip
+    peers = ("sparsify", "SAELens", "dictionary_learning")
+    lines = []
+    for g in grouped(rows).values():
+        own = g.get("fastsae", {})
+        lines.append([
+            shape(g), ms(g.get(DEFAULT)), ms(g.get(ONEDNN)),
+            f"**{ms(g.get('fastsae'), 'of_onednn')}**", own.get("note", "").split(" ")[0],
+            ms(g.get("fastsae, plain fp32 (avx512)"), "of_onednn"),
+            ms(g.get("fastsae, avx2"), "of_onednn"),
+            slower(g.get("eager torch, default")), slower(g.get("eager torch, oneDNN")),
+            *(slower(g.get(f"{p}, oneDNN")) for p in peers),
+        ])  # fmt: skip
+    text = (
+        where(rows) + " Milliseconds; fastsae's own rows with the ratio to the oneDNN product, the "
+        "others with how many times fastsae's time they take (peers through oneDNN). "
+        '"Rows exact" counts the rows whose selection is the fp64 one.\n\n'
+    )
+    text += table(columns, lines)
+    real = [r for r in load("topk_encode") if r["data"] != "random"]
+    if real:
+        lines = []
+        for g in grouped(real).values():
+            own = g.get("fastsae", {})
+            lines.append([
+                shape(g), ms(g.get(ONEDNN)), f"**{ms(g.get('fastsae'))}**",
+                own.get("note", "").split(" ")[0],
+                ms(g.get("fastsae, plain fp32 (avx512)")),
+                f"**{own['of_plain']:.2f}**" if "of_plain" in own else "",
+                slower(g.get("eager torch, oneDNN")),
+            ])  # fmt: skip
+        text += (
+            "\n\nReal activations (MiniLM layer 3, held-out text) and weights trained on them:\n\n"
+        )
+        text += table(
+            ["N, D, F, K", "product, oneDNN", "**fastsae**", "rows exact", "plain fp32 path",
+             "**fastsae / plain**", "eager, oneDNN"],
+            lines,
+        )  # fmt: skip
+    return text
+
+
+def backward() -> str:
+    parts = {
+        name: grouped(load(name))
+        for name in (
+            "sparse_decode",
+            "sparse_grad_values",
+            "sparse_grad_weight",
+            "sparse_adam_step",
+        )
+    }
+    keys = sorted({k for groups in parts.values() for k in groups})
+    if not keys:
+        return ""
+    columns = [
+        "N, D, F, K", "product, default", "decode", "embedding_bag", "value gradients",
+        "gather + bmm", "weight gradient", "row-sparse", "index_add", "dense product, oneDNN",
+        "Adam step, unit norm", "torch Adam alone, fused", "**whole backward with Adam**",
+    ]  # fmt: skip
+    lines = []
+    for key in keys:
+        dec, gv, gw, adam = (parts[n].get(key, {}) for n in parts)
+        some = dec or gv or gw or adam
+        lines.append([
+            shape(some), ms(adam.get(DEFAULT) or some.get(DEFAULT)),
+            ms(dec.get("fastsae")), slower(dec.get("torch embedding_bag")),
+            ms(gv.get("fastsae")), slower(gv.get("torch gather + bmm")),
+            ms(gw.get("fastsae")), ms(gw.get("fastsae, row-sparse result")),
+            slower(gw.get("torch index_add")), slower(gw.get("dense product, oneDNN")),
+            ms(adam.get("fastsae, unit norm")), ms(adam.get("torch Adam only, fused")),
+            f"**{ms(adam.get('fastsae, whole backward with Adam'), 'of_default')}**",
+        ])  # fmt: skip
+    rows = [r for name in parts for r in load(name)]
+    return (
+        where(rows) + " Milliseconds; in brackets how many times fastsae's time it takes, and for "
+        "the whole backward the ratio to the default product. The whole backward is the value "
+        "gradients, then one Adam step each on W_dec (unit norm, parallel gradient removed) and "
+        "W_enc, gradients formed inside; torch's Adam alone is one weight with its gradient given."
+        "\n\n" + table(columns, lines)
+    )
+
+
+def step() -> str:
+    rows = load("training_step")
+    if not rows:
+        return ""
+    others = [
+        "dense PyTorch, default", "dense PyTorch, oneDNN", "dense PyTorch, fused Adam, oneDNN",
+        "dense PyTorch, compiled, oneDNN", "sparsify, oneDNN", "sparsify, Adam, oneDNN",
+        "SAELens, oneDNN", "SAELens, sparse activations, oneDNN", "dictionary_learning, oneDNN",
+    ]  # fmt: skip
+    heads = [c.removesuffix(", oneDNN") if "dense" not in c else c for c in others]
+    lines = []
+    for g in grouped(rows).values():
+        lines.append([
+            shape(g), ms(g.get(DEFAULT)), ms(g.get(ONEDNN)),
+            f"**{ms(g.get('fastsae'), 'of_onednn')}**", *(slower(g.get(c)) for c in others),
+        ])  # fmt: skip
+    return (
+        where(rows) + " Milliseconds a step; fastsae's with the ratio to the oneDNN product, the "
+        "others with how many times fastsae's time they take in the same run. The libraries run "
+        "their own trainers' steps at their defaults, with torch's products through oneDNN (the "
+        "faster library here).\n\n"
+        + table(["N, D, F, K", "product, default", "product, oneDNN", "**fastsae**", *heads], lines)
+    )
+
+
+def memory() -> str:
+    rows = load("memory")
+    encode_rows = [r for r in rows if r["op"] == "encode memory"]
+    if not rows:
+        return ""
+    text = where(rows) + "\n\n"
+    if encode_rows:
+        systems = list(dict.fromkeys(r["contender"] for r in encode_rows))
+        lines = []
+        for g in grouped(encode_rows).values():
+            r = next(iter(g.values()))
+            lines.append(
+                [f"{r['F']:,}", f"{r['N'] * r['F'] * 4 / 2**20:,.0f}"]
+                + [
+                    f"{g[s]['extra_mb']:,.0f}" if "extra_mb" in g.get(s, {})
+                    else g.get(s, {}).get("failed", "")
+                    for s in systems
+                ]
+            )  # fmt: skip
+        r = encode_rows[0]
+        text += (
+            f"Memory of one encode beyond its inputs, MB (N={r['N']}, D={r['D']}, K={r['K']}); "
+            "fastsae's figure includes the outputs and the packed bf16 weights.\n\n"
+        )
+        text += table(["F", "[N, F] fp32 once", *systems], lines)
+    for r in rows:
+        if r["op"] == "step memory" and "peak_mb" in r:
+            text += (
+                f"\n\nA whole training step with F = {r['F']:,}, D = {r['D']}, N = {r['N']}, "
+                f"K = {r['K']}: {r['peak_mb'] / 1024:.1f} GB of resident memory in all (weights "
+                f"and Adam's moments are {6 * 4 * r['F'] * r['D'] / 2**30:.1f} GB of it), "
+                f"{r['ms'] / 1e3:.2f} s a step. Dense activations alone would be "
+                f"{r['N'] * r['F'] * 4 / 2**30:.1f} GB a copy."
+            )
+    return text
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "encode": encode,
+    "backward": backward,
+    "step": step,
+    "memory": memory,
+}
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--check", action="store_true", help="exit 1 if README.md is not up to date")
+    args = p.parse_args()
+    text = before = README.read_text()
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+        if not pattern.search(text):
+            print(f"README.md has no markers for the table {name!r}", file=sys.stderr)
+            continue
+        body = make()
+        if body:
+            text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[3]}", text)
+    if args.check:
+        return int(text != before)
+    if text != before:
+        README.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

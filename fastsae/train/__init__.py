@@ -1,1 +1,0 @@
-"""Training: text, activations, evaluation. Import the submodules; importing this costs nothing."""
