@@ -1,4 +1,4 @@
-// What the operators' CPU files share: dtypes, index checks, pointers.
+// What the operators' CPU files share: dtypes, checks, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <optional>
 
 #include "common/cpu_level.h"
 #include "common/dtypes.h"
@@ -45,36 +48,59 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A [rows, cols] tensor; what memory safety needs, the messages for users are Python's.
-inline void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows,
-                         int64_t cols, ScalarType dtype) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.is_contiguous() &&
-                      t.scalar_type() == dtype &&
-                      t.device().type() == torch::headeronly::DeviceType::CPU,
-                  op, ": ", name, " must be a contiguous CPU tensor [", rows, ", ", cols,
-                  "] of dtype ", torch::headeronly::toString(dtype));
+// What memory safety needs; the messages that users see are Python's.
+inline void check_tensor(const char* op, const char* name, const Tensor& t,
+                         std::initializer_list<int64_t> shape, ScalarType dtype) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == dtype &&
+              t.is_contiguous() && t.is_cpu();
+  for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, op, ": ", name, " does not have the shape, dtype (",
+                  torch::headeronly::toString(dtype), ") or contiguous CPU layout that is needed");
 }
 
-[[noreturn]] inline void raise_out_of_range(const char* op, const int32_t* indices, int64_t n,
-                                            int64_t n_latents) {
+// Throws before anything is followed when an index is outside [0, n_latents).
+inline void check_indices(const char* op, const int32_t* indices, int64_t n, int64_t n_latents) {
+  if (n == 0) return;
+  uint32_t largest = 0;  // a negative index is a large unsigned one
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<uint32_t>(indices[i]));
+  if (largest < static_cast<uint64_t>(n_latents)) return;
   const auto range = std::minmax_element(indices, indices + n);
   STD_TORCH_CHECK(false, op, ": indices must lie in [0, ", n_latents, "), got values from ",
                   *range.first, " to ", *range.second);
-  __builtin_unreachable();
 }
 
-// Throws before anything is followed: the largest index, as unsigned, must be below n_latents.
-inline void check_indices(const char* op, const int32_t* indices, int64_t n, int64_t n_latents) {
-  std::atomic<bool> bad{false};
-  const uint32_t limit = static_cast<uint32_t>(n_latents);
-  torch::stable::parallel_for(0, n, 1 << 17, [&](int64_t begin, int64_t end) {
-    uint32_t largest = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      largest = std::max(largest, static_cast<uint32_t>(indices[i]));
+// f(begin, end) over [0, n) on torch's threads, in pieces handed out as threads come free (other
+// work may hold a core). `work` is the number of multiply-adds of one of the n.
+template <class F>
+void parallel_ranges(int64_t n, int64_t work, const F& f) {
+  if (n <= 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || n == 1 || n * work < (1 << 14)) return f(0, n);
+  const int64_t pieces = std::min(n, threads * 16);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    // Every thread takes pieces until none are left; begin and end only count the threads.
+    for (; begin < end; ++begin) {
+      for (int64_t i; (i = next.fetch_add(1)) < pieces;) {
+        f(n * i / pieces, n * (i + 1) / pieces);
+      }
     }
-    if (largest >= limit && begin < end) bad = true;
   });
-  if (bad) raise_out_of_range(op, indices, n, n_latents);
 }
+
+// Uninitialised memory of one thread, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : p_(static_cast<T*>(::operator new(n * sizeof(T), kAlign))) {}
+  ~Scratch() { ::operator delete(p_, kAlign); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return p_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  T* p_;
+};
 
 }  // namespace fastsae

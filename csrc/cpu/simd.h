@@ -47,10 +47,10 @@ struct Vec {
   void store_n(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = narrow<T>(v[i]);
   }
-  friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
-  friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-  friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+  Vec operator+(Vec b) const { return {v + b.v}; }
+  Vec operator-(Vec b) const { return {v - b.v}; }
+  Vec operator*(Vec b) const { return {v * b.v}; }
+  Vec operator/(Vec b) const { return {v / b.v}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec sqrt(Vec a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
@@ -102,10 +102,10 @@ struct Vec<float> {
     store(padded);
     std::memcpy(p, padded, n * sizeof(T));
   }
-  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
+  Vec operator/(Vec b) const { return {_mm256_div_ps(v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   float sum() const {
@@ -141,10 +141,10 @@ struct Vec<double> {
   static Vec load_n(const double* p, int n) { return {_mm256_maskload_pd(p, lanes64(n))}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_n(double* p, int n) const { _mm256_maskstore_pd(p, lanes64(n), v); }
-  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
-  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.v, b.v)}; }
-  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_pd(a.v, b.v)}; }
+  Vec operator+(Vec b) const { return {_mm256_add_pd(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_pd(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm256_mul_pd(v, b.v)}; }
+  Vec operator/(Vec b) const { return {_mm256_div_pd(v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static Vec sqrt(Vec a) { return {_mm256_sqrt_pd(a.v)}; }
   double sum() const {
@@ -180,10 +180,10 @@ struct Vec<float> {
   void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   void store_n(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), to_bf16()); }
   void store_n(fp16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), to_fp16()); }
-  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
+  Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
@@ -216,10 +216,10 @@ struct Vec<double> {
   static Vec load_n(const double* p, int n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store_n(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
-  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
-  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.v, b.v)}; }
-  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
-  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_pd(a.v, b.v)}; }
+  Vec operator+(Vec b) const { return {_mm512_add_pd(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_pd(v, b.v)}; }
+  Vec operator*(Vec b) const { return {_mm512_mul_pd(v, b.v)}; }
+  Vec operator/(Vec b) const { return {_mm512_div_pd(v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static Vec sqrt(Vec a) { return {_mm512_sqrt_pd(a.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }

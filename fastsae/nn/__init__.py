@@ -1,1 +1,5 @@
-"""Placeholder replaced when the folder gets its modules."""
+"""Sparse autoencoders as modules over `fastsae.ops`."""
+
+from .topk_sae import TopKSAE
+
+__all__ = ["TopKSAE"]

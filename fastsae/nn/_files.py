@@ -1,0 +1,116 @@
+"""A module on disk: config.json and sae.safetensors in one directory, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+VERSION = 1
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, syncs it to disk, then renames it.
+
+    Whoever reads `path` sees the old file or the whole new one, also after a crash.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # mkstemp makes the file private; give it the usual mode
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save(
+    directory: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Writes both files. `load` finds a crash between the two renames: the save ids differ."""
+    from safetensors.torch import save_file
+
+    save_id = uuid.uuid4().hex
+    header = {"format": kind, "format_version": VERSION, "save_id": save_id, **config}
+    where = Path(directory)
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    metadata = {"format": kind, "format_version": str(VERSION), "save_id": save_id}
+    write_atomic(where / WEIGHTS, lambda p: save_file(contiguous, p, metadata=metadata))
+    text = json.dumps(header, indent=2) + "\n"
+    write_atomic(where / CONFIG, lambda p: _write_text(p, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def load(
+    directory: str | os.PathLike[str], kind: str, device: str | torch.device
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the tensors of a directory that `save` wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated, of another format, of a newer version, or the two are from
+            different saves; the message names the file and the reason.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    where = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (where / name).is_file():
+            raise FileNotFoundError(
+                f"{where / name}: no such file; {kind} needs {CONFIG}, {WEIGHTS}"
+            )
+    path = where / CONFIG
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: truncated or not JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != kind:
+        found = header.get("format") if isinstance(header, dict) else type(header).__name__
+        raise ValueError(f"{path}: format is {found!r}, expected {kind!r}: not a {kind} checkpoint")
+    version = header.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(
+            f"{path}: format_version is {version!r}, this fastsae reads up to {VERSION}; "
+            "a newer fastsae wrote it: upgrade"
+        )
+    path = where / WEIGHTS
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+    if metadata.get("format") != kind or metadata.get("save_id") != header.get("save_id"):
+        raise ValueError(
+            f"{path}: not the weights that {CONFIG} describes (another format, or an interrupted "
+            "save)"
+        )
+    for key in ("format", "format_version", "save_id"):
+        header.pop(key, None)
+    return header, tensors

@@ -1,0 +1,1 @@
+"""Training: text, activations, evaluation. Import the submodules; importing this costs nothing."""

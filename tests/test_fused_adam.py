@@ -1,0 +1,396 @@
+"""FusedAdam against torch.optim.Adam, and what it promises about memory and ownership."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+import fastsae
+from fastsae import _library
+from fastsae.nn import TopKSAE
+from fastsae.ops import _factors
+from fastsae.optim import FusedAdam, has_unit_norm, set_unit_norm
+
+N, D, F, K = 48, 16, 96, 4
+
+
+def make(dtype=torch.float64, **options):
+    return TopKSAE(D, F, K, dtype=dtype, seed=0, **options)
+
+
+def batches(count, dtype=torch.float64, n=N, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, D, generator=generator, dtype=dtype) for _ in range(count)]
+
+
+def project(sae):
+    """What FusedAdam does to a unit-norm decoder, around a torch optimizer's step."""
+    with torch.no_grad():
+        w, g = sae.W_dec, sae.W_dec.grad
+        g -= (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
+
+
+def close(a, b, atol=1e-10):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["unit_norm", "free"])
+@pytest.mark.parametrize("decay", [0.0, 0.01], ids=["plain", "l2"])
+def test_equals_torch_adam(normalize, decay):
+    ours, theirs = (make(normalize_decoder=normalize) for _ in range(2))
+    opt = FusedAdam(ours.parameters(), lr=1e-2, weight_decay=decay)
+    # L2 is along a row, so projecting it out is no L2 at all on a unit-norm decoder
+    free = [p for n, p in theirs.named_parameters() if n != "W_dec" or not normalize]
+    groups = [{"params": free, "weight_decay": decay}]
+    if normalize:
+        groups.append({"params": [theirs.W_dec]})
+    reference = torch.optim.Adam(groups, lr=1e-2)
+    for x in batches(20):
+        (ours(x) - x).square().mean().backward()
+        assert ours.W_enc.grad is None
+        assert ours.W_dec.grad is None
+        opt.step()
+        opt.zero_grad()
+        (theirs(x) - x).square().mean().backward()
+        if normalize:
+            project(theirs)
+        reference.step()
+        if normalize:
+            theirs.normalize_decoder_()
+        reference.zero_grad()
+    close(ours, theirs)
+
+
+def test_any_loss_and_microbatches_add_up():
+    whole, micro = make(), make()
+    opts = [FusedAdam(m.parameters(), lr=1e-2) for m in (whole, micro)]
+    for x in batches(6):
+        torch.nn.functional.huber_loss(whole(x), x, reduction="sum").backward()
+        for part in x.split([16, 30, 2]):
+            torch.nn.functional.huber_loss(micro(part), part, reduction="sum").backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    close(whole, micro)
+
+
+def test_aux_loss_of_another_k_adds_up():
+    ours, theirs = make(normalize_decoder=False), make(normalize_decoder=False)
+    opt = FusedAdam(ours.parameters(), lr=1e-2)
+    reference = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for x in batches(8):
+        for sae, o in ((ours, opt), (theirs, reference)):
+            out = sae(x)
+            aux = sae.aux_loss(x, out, k_aux=11, dead_after=N)
+            ((out - x).square().mean() + aux / 32).backward()
+            o.step()
+            o.zero_grad()
+    assert len(ours.dead_latents(N)) > 11
+    close(ours, theirs)
+
+
+def test_lazy_leaves_untouched_rows():
+    sae = make()
+    before = {n: p.detach().clone() for n, p in sae.named_parameters()}
+    opt = FusedAdam(sae.parameters(), lr=1e-2, lazy=True)
+    for x in batches(2, n=3):
+        (sae(x) - x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    alive = sae.last_fired > 0
+    assert 0 < alive.sum() < F
+    for name in ("W_enc", "W_dec"):
+        same = (getattr(sae, name) == before[name]).all(1)
+        assert same[~alive].all()
+        assert not same[alive].any()
+
+
+def test_ordinary_gradient_of_an_owned_weight_is_added():
+    ours, theirs = make(), make()
+    opt = FusedAdam(ours.parameters(), lr=1e-2)
+    reference = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i, x in enumerate(batches(4)):
+        for sae in (ours, theirs):
+            loss = (sae(x) - x).square().mean()
+            if i != 2:  # a term that reaches the weights densely, not through the ops
+                loss = loss + sae.W_dec.pow(3).sum() + sae.W_enc.pow(4).sum()
+            loss.backward()
+        project(theirs)
+        for o in (opt, reference):
+            o.step()
+            o.zero_grad()
+        theirs.normalize_decoder_()
+    close(ours, theirs)
+
+
+def test_compiled_module():
+    ours, theirs = make(torch.float32), make(torch.float32)
+    opt = FusedAdam(ours.parameters(), lr=1e-2)
+    reference = FusedAdam(theirs.parameters(), lr=1e-2)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for x in batches(3, torch.float32):
+        (compiled(x) - x).square().mean().backward()
+        assert ours.W_dec.grad is not None
+        (theirs(x) - x).square().mean().backward()
+        for o in (opt, reference):
+            o.step()
+            o.zero_grad()
+    close(ours, theirs, atol=2e-4)  # Adam's sign-like first steps amplify rounding
+
+
+def test_no_weight_gradient_and_no_dense_activation_is_allocated():
+    if _library.CPU_MISSING:
+        pytest.skip(_library.CPU_MISSING)
+    n, d, f, k = 512, 128, 16384, 4
+    sae = TopKSAE(d, f, k, seed=0)
+    opt = FusedAdam(sae.parameters(), lr=1e-3)
+    x = torch.randn(n, d)
+
+    def step():
+        loss = (sae(x) - x).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()  # moments are allocated here
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        step()
+    events = prof.profiler.kineto_results.events()
+    largest = max(e.nbytes() for e in events if e.name() == "[memory]")
+    assert 0 < largest <= 4 * f * d // 2, f"one allocation of {largest} bytes"
+    assert sae.W_enc.grad is None
+    assert sae.W_dec.grad is None
+
+
+def test_scheduler_closure_groups_and_state_dict():
+    a, b = make(), make()
+    opts = []
+    for sae in (a, b):
+        weights = [sae.W_enc, sae.W_dec]
+        biases = {"params": [sae.b_enc, sae.b_dec], "lr": 3e-2, "betas": (0.8, 0.99)}
+        opts.append(FusedAdam([{"params": weights}, biases], lr=1e-2))
+    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4) for o in opts]
+    data = batches(8)
+
+    def run(sae, opt, x):
+        def closure():
+            opt.zero_grad()
+            loss = (sae(x) - x).square().mean()
+            loss.backward()
+            return loss
+
+        return opt.step(closure)
+
+    for x in data:
+        assert run(a, opts[0], x) > 0
+        schedulers[0].step()
+    for i, x in enumerate(data):
+        if i == 4:  # save, make anew, load
+            state, rate = opts[1].state_dict(), schedulers[1].state_dict()
+            c = copy.deepcopy(b)
+            weights = [c.W_enc, c.W_dec]
+            opts[1] = FusedAdam([{"params": weights}, {"params": [c.b_enc, c.b_dec]}])
+            schedulers[1] = torch.optim.lr_scheduler.LinearLR(opts[1], 0.1, total_iters=4)
+            opts[1].load_state_dict(state)
+            schedulers[1].load_state_dict(rate)
+            b = c
+        run(b, opts[1], x)
+        schedulers[1].step()
+    close(a, b, atol=0)
+
+
+def test_state_from_and_to_torch_adam():
+    ours, theirs = make(normalize_decoder=False), make(normalize_decoder=False)
+    a = FusedAdam(ours.parameters(), lr=1e-2)
+    b = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i, x in enumerate(batches(9)):
+        if i in (3, 6):  # swap the states, both ways
+            state_a, state_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
+            a.load_state_dict(state_b)
+            b = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+            b.load_state_dict({**state_a, "param_groups": state_b["param_groups"]})
+        for sae, o in ((ours, a), (theirs, b)):
+            (sae(x) - x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    close(ours, theirs)
+
+
+def test_low_precision_keeps_fp32_moments():
+    sae = make(torch.bfloat16)
+    opt = FusedAdam(sae.parameters(), lr=1e-2)
+    x = batches(1, torch.bfloat16)[0]
+    (sae(x) - x).square().mean().backward()
+    opt.step()
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    for i, param in enumerate(sae.parameters()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert opt.state[param][name].dtype == torch.float32
+            assert torch.equal(opt.state[param][name], saved["state"][i][name])
+    assert sae.W_dec.dtype == torch.bfloat16
+
+
+def test_other_owner_gets_ordinary_gradients():
+    sae = make()
+    x = batches(1)[0]
+    opt = FusedAdam(sae.parameters())
+    (sae(x) - x).square().mean().backward()
+    assert len(_factors.factors(sae.W_enc)) == 1
+    assert sae.W_enc.grad is None
+    sae.zero_grad()
+    assert len(_factors.factors(sae.W_enc)) == 0
+    del opt
+    gc.collect()
+    assert _factors.factors(sae.W_enc) is None
+    (sae(x) - x).square().mean().backward()
+    assert sae.W_enc.grad.shape == (F, D)
+    assert sae.W_dec.grad.shape == (F, D)
+
+    opt = FusedAdam(sae.parameters())
+    opt.release()
+    sae.zero_grad()
+    (sae(x) - x).square().mean().backward()
+    assert sae.W_enc.grad is not None
+
+
+def test_newest_optimizer_owns():
+    sae = make()
+    x = batches(1)[0]
+    old = FusedAdam(sae.parameters())
+    new = FusedAdam(sae.parameters())
+    (sae(x) - x).square().mean().backward()
+    with pytest.raises(RuntimeError, match="another FusedAdam took"):
+        old.step()
+    del old
+    gc.collect()  # must not disown what the new one owns
+    new.step()
+    assert _factors.factors(sae.W_enc) == []
+
+
+def test_deepcopied_optimizer_and_module():
+    sae = make()
+    x = batches(1)[0]
+    opt = FusedAdam(sae.parameters(), lr=1e-2)
+    (sae(x) - x).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+    pair = copy.deepcopy({"sae": sae, "opt": opt})
+    for s, o in ((sae, opt), (pair["sae"], pair["opt"])):
+        (s(x) - x).square().mean().backward()
+        assert s.W_enc.grad is None
+        o.step()
+    close(sae, pair["sae"], atol=0)
+    alone = copy.deepcopy(sae)
+    assert _factors.factors(alone.W_enc) is None
+    assert has_unit_norm(alone.W_dec)
+
+
+def test_refusals():
+    sae = make()
+    x = batches(1)[0]
+    for options, name in (
+        ({"lr": -1.0}, "lr"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ):
+        with pytest.raises(ValueError, match=f"FusedAdam: {name}"):
+            FusedAdam(sae.parameters(), **options)
+    bias = nn.Parameter(torch.zeros(3))
+    set_unit_norm(bias)
+    with pytest.raises(ValueError, match="unit-norm"):
+        FusedAdam([bias])
+
+    opt = FusedAdam(sae.parameters())
+    buffer = x.clone()
+    sae.apply_b_dec_to_input = False  # then the encoder's rows are the buffer itself
+    (sae(buffer) - x).square().mean().backward()
+    buffer.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        opt.step()
+    opt.zero_grad()
+
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale((sae(x) - x).square().mean()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(opt)
+    opt.zero_grad()
+    (sae(x) - x).square().mean().backward()
+    opt.step()  # usable again
+
+
+def test_parameters_without_gradient_are_skipped():
+    sae = make()
+    before = sae.W_dec.detach().clone()
+    opt = FusedAdam(sae.parameters(), lr=1.0, weight_decay=0.1)
+    opt.step()
+    assert torch.equal(sae.W_dec, before)
+    assert not opt.state
+
+
+# -- two processes ------------------------------------------------------------------------------
+
+
+def _loop(rank, mode):
+    sae = make()
+    group = torch.distributed.group.WORLD
+    if mode == "fused":
+        model, opt = sae, FusedAdam(sae.parameters(), lr=1e-2, process_group=group)
+    else:
+        model = nn.parallel.DistributedDataParallel(sae)
+        opt = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for x in batches(6, n=N + 6):
+        if mode == "fused":  # ranks of unequal size, and of unequal numbers of backward calls
+            part = x[:20] if rank == 0 else x[20:]
+            for piece in part.chunk(rank + 1):
+                ((model(piece) - piece).square().sum() * 2 / x.numel()).backward()
+        else:
+            part = x.chunk(2)[rank]
+            (model(part) - part).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return {n: p.detach() for n, p in sae.named_parameters()}
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    torch.save({mode: _loop(rank, mode) for mode in ("fused", "ddp")}, f"{folder}/{rank}.pt")
+    sae = make()
+    model = nn.parallel.DistributedDataParallel(sae)
+    opt = FusedAdam(sae.parameters())
+    with pytest.raises(RuntimeError, match="process_group"):
+        model(batches(1)[0])
+    del opt
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    for mode, cls in (("fused", FusedAdam), ("ddp", torch.optim.Adam)):
+        single = make()
+        opt = cls(single.parameters(), lr=1e-2)
+        for x in batches(6, n=N + 6):
+            (single(x) - x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        for name, param in single.named_parameters():
+            assert torch.equal(states[0][mode][name], states[1][mode][name])
+            torch.testing.assert_close(states[0][mode][name], param.detach(), atol=1e-9, rtol=0)
+
+
+def test_is_exported():
+    assert fastsae.optim.FusedAdam is FusedAdam
