@@ -10,8 +10,9 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
+#include <new>
 #include <optional>
+#include <utility>
 
 #include "common/cpu_level.h"
 #include "common/dtypes.h"
@@ -69,32 +70,43 @@ inline void check_indices(const char* op, const int32_t* indices, int64_t n, int
                   *range.first, " to ", *range.second);
 }
 
-// f(begin, end) over [0, n) on torch's threads, in pieces handed out as threads come free (other
-// work may hold a core). `work` is the number of multiply-adds of one of the n.
+// f(i) for i in [0, n) on torch's threads, handed out as threads come free (other work may hold a
+// core). What is computed for an i must not depend on the thread.
 template <class F>
-void parallel_ranges(int64_t n, int64_t work, const F& f) {
-  if (n <= 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || n == 1 || n * work < (1 << 14)) return f(0, n);
-  const int64_t pieces = std::min(n, threads * 16);
+void parallel_each(int64_t n, const F& f) {
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    // Every thread takes pieces until none are left; begin and end only count the threads.
-    for (; begin < end; ++begin) {
-      for (int64_t i; (i = next.fetch_add(1)) < pieces;) {
-        f(n * i / pieces, n * (i + 1) / pieces);
-      }
-    }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
   });
 }
 
-// Uninitialised memory of one thread, aligned to a cache line.
+// Into how many pieces n things go that take `work` multiply-adds in all.
+inline int64_t n_pieces(int64_t n, int64_t work) {
+  const int64_t enough = 1 << 14;  // less is not worth handing to a second thread
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::min({n, threads == 1 ? 1 : threads * 16, work / enough + 1});
+}
+
+// f(begin, end) over pieces of [0, n); each of the n is `work` multiply-adds.
+template <class F>
+void parallel_ranges(int64_t n, int64_t work, const F& f) {
+  const int64_t pieces = n_pieces(n, n * work);
+  parallel_each(pieces, [&](int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
+}
+
+// Uninitialised memory, aligned to a cache line.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t n) : p_(static_cast<T*>(::operator new(n * sizeof(T), kAlign))) {}
   ~Scratch() { ::operator delete(p_, kAlign); }
   Scratch(const Scratch&) = delete;
+  Scratch(Scratch&& other) noexcept : p_(std::exchange(other.p_, nullptr)) {}
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return p_; }
 
