@@ -1,0 +1,215 @@
+// bf16 products (vdpbf16ps): the filter over rounded inputs, and exact products of bf16 inputs.
+// Part of topk_encode.inl, at the level avx512_bf16 only.
+
+using V16 = Vec<float>;
+constexpr int kBf16Cols = 32;
+
+// C [MR, 32] from bf16 pairs: a [pairs][MR], b [pairs][32].
+template <int MR>
+static void tile_bf16(int64_t pairs, const uint32_t* a, const uint32_t* b, float* c) {
+  __m512 acc[MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < pairs; ++d, a += MR, b += kBf16Cols) {
+    const __m512bh w0 = (__m512bh)_mm512_load_si512(b), w1 = (__m512bh)_mm512_load_si512(b + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], s, w0);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], s, w1);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    _mm512_store_ps(c + i * kBf16Cols, acc[i][0]);
+    _mm512_store_ps(c + i * kBf16Cols + 16, acc[i][1]);
+  }
+}
+
+static void tile_rows_bf16(int mr, int64_t pairs, const uint32_t* a, const uint32_t* b, float* c) {
+  switch (mr) {
+    case 1: return tile_bf16<1>(pairs, a, b, c);
+    case 2: return tile_bf16<2>(pairs, a, b, c);
+    case 4: return tile_bf16<4>(pairs, a, b, c);
+    case 6: return tile_bf16<6>(pairs, a, b, c);
+    case 8: return tile_bf16<8>(pairs, a, b, c);
+    case 10: return tile_bf16<10>(pairs, a, b, c);
+    case 12: return tile_bf16<12>(pairs, a, b, c);
+    default: return tile_bf16<14>(pairs, a, b, c);
+  }
+}
+
+// Appends every latent whose upper bound reaches the row's threshold (NaN bounds always do).
+static void emit_filter(const float* c, int64_t row, int n_rows, int n_cols, int64_t first,
+                        const FilterCols& cols, int64_t col, FilterRows* rows) {
+  const uint32_t valid = n_cols >= 32 ? ~0u : (1u << n_cols) - 1;
+  __m512 scale[2], upper[2], norm[2], residual[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    scale[j] = _mm512_loadu_ps(cols.scale + col + 16 * j);
+    upper[j] = _mm512_loadu_ps(cols.upper + col + 16 * j);
+    norm[j] = _mm512_loadu_ps(cols.norm + col + 16 * j);
+    residual[j] = _mm512_loadu_ps(cols.residual + col + 16 * j);
+  }
+  for (int r = 0; r < n_rows; ++r, c += kBf16Cols) {
+    const __m512 threshold = _mm512_set1_ps(rows->threshold[row + r]);
+    const __m512 err_w = _mm512_set1_ps(rows->err_w[row + r]);
+    const __m512 err_dw = _mm512_set1_ps(rows->err_dw[row + r]);
+    __m512 bound[2];
+    uint32_t mask = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512 rank = _mm512_fmadd_ps(_mm512_load_ps(c + 16 * j), scale[j], upper[j]);
+      bound[j] = _mm512_fmadd_ps(err_w, norm[j], _mm512_fmadd_ps(err_dw, residual[j], rank));
+      mask |= static_cast<uint32_t>(_mm512_cmp_ps_mask(bound[j], threshold, _CMP_NLT_UQ))
+              << (16 * j);
+    }
+    mask &= valid;
+    if (__builtin_expect(mask == 0, 1)) continue;
+    alignas(64) float uppers[32], lowers[32];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512 rank = _mm512_fmadd_ps(_mm512_load_ps(c + 16 * j), scale[j],
+                                          _mm512_loadu_ps(cols.lower + col + 16 * j));
+      _mm512_store_ps(uppers + 16 * j, bound[j]);
+      _mm512_store_ps(lowers + 16 * j,
+                      _mm512_fnmadd_ps(err_w, norm[j], _mm512_fnmadd_ps(err_dw, residual[j], rank)));
+    }
+    for (; mask; mask &= mask - 1) {
+      const int i = __builtin_ctz(mask);
+      rows->add(row + r, lowers[i], uppers[i], static_cast<int32_t>(first + i));
+    }
+  }
+}
+
+static void scan_filter(const FilterJob& job) {
+  alignas(64) float c[kMaxRows * kBf16Cols];
+  const int64_t panels = (job.n_cols + kBf16Cols - 1) / kBf16Cols;
+  for (int64_t block = 0; block < panels; block += job.block) {
+    const int64_t block_end = block + job.block < panels ? block + job.block : panels;
+    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
+      const uint32_t* a = job.a + p * job.mr * job.depth;
+      const int64_t row = p * job.mr;
+      const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
+      for (int64_t q = block; q < block_end; ++q) {
+        tile_rows_bf16(job.mr, job.depth, a, job.b + q * kBf16Cols * job.depth, c);
+        const int64_t col = q * kBf16Cols;
+        const int n_cols = static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col
+                                                                         : kBf16Cols);
+        emit_filter(c, row, n_rows, n_cols, job.first + col, job.cols, col, job.rows);
+      }
+    }
+  }
+}
+
+static void scan_bf16(const PlainJob<float>& job) {
+  alignas(64) float c[kMaxRows * kBf16Cols];
+  const int64_t panels = (job.n_cols + kBf16Cols - 1) / kBf16Cols;
+  for (int64_t block = 0; block < panels; block += job.block) {
+    const int64_t block_end = block + job.block < panels ? block + job.block : panels;
+    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
+      const uint32_t* a = static_cast<const uint32_t*>(job.a) + p * job.mr * job.depth;
+      const int64_t row = p * job.mr;
+      const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
+      for (int64_t q = block; q < block_end; ++q) {
+        tile_rows_bf16(job.mr, job.depth, a,
+                       static_cast<const uint32_t*>(job.b) + q * kBf16Cols * job.depth, c);
+        const int64_t col = q * kBf16Cols;
+        const int n_cols = static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col
+                                                                         : kBf16Cols);
+        const int64_t first = job.first + col;
+        emit<float, 2>(c, row, n_rows, n_cols, first, job.bias ? job.bias + first : nullptr,
+                     job.scale ? job.scale + first : nullptr, job.rows);
+      }
+    }
+  }
+}
+
+// 16 x 16 transpose of 32-bit elements.
+static inline void transpose16(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// 16 values as fp32 from position i of a row of d, zero past the end.
+template <class In>
+static inline __m512 load_fp32(const In* row, int64_t i, int64_t d) {
+  if (i + 16 <= d) return V16::load(row + i).v;
+  return V16::load_n(row + i, i < d ? static_cast<int>(d - i) : 0).v;
+}
+
+static inline __m256i round_bf16(__m512 v, __m512* square, __m512* residual) {
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh(v);
+  const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  const __m512 diff = _mm512_sub_ps(v, back);
+  *square = _mm512_fmadd_ps(v, v, *square);
+  *residual = _mm512_fmadd_ps(diff, diff, *residual);
+  return h;
+}
+
+// 32 rows to bf16 pairs [pairs][32], with the sums of squares of the rows and of what rounding took.
+template <class In>
+static void pack_bf16(const In* const* rows, int64_t d, uint32_t* out, float* square,
+                      float* residual) {
+  const int64_t pairs = (d + 1) / 2;
+  for (int half = 0; half < 2; ++half) {
+    __m512 sq[16], re[16];
+    for (int r = 0; r < 16; ++r) sq[r] = re[r] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p += 16) {
+      __m512i m[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        const In* row = rows[half * 16 + r];
+        if (!row) {
+          m[r] = _mm512_setzero_si512();
+          continue;
+        }
+        const __m256i lo = round_bf16(load_fp32(row, 2 * p, d), &sq[r], &re[r]);
+        const __m256i hi = round_bf16(load_fp32(row, 2 * p + 16, d), &sq[r], &re[r]);
+        m[r] = _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+      }
+      transpose16(m);
+      const int n = static_cast<int>(pairs - p < 16 ? pairs - p : 16);
+      for (int i = 0; i < n; ++i) _mm512_store_si512(out + (p + i) * kBf16Cols + half * 16, m[i]);
+    }
+    if (square) {
+      for (int r = 0; r < 16; ++r) {
+        square[half * 16 + r] = V16{sq[r]}.sum();
+        residual[half * 16 + r] = V16{re[r]}.sum();
+      }
+    }
+  }
+}
+
+template <class In>
+static void set_bf16(Kernels<float, In>& t) {
+  t.bf16_max_rows = 14;
+  t.bf16_cols = kBf16Cols;
+  t.scan_bf16 = scan_bf16;
+  t.scan_filter = scan_filter;
+  t.pack_bf16 = pack_bf16<In>;
+}
+static void set_bf16(Kernels<double, double>&) {}
