@@ -147,7 +147,7 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
         kernels_.scan_filter(job);
         for (int64_t row = begin * mr; row < std::min(n, end * mr); ++row) filter.finish_chunk(row);
       });
-      const int64_t rescored = filter.rescored.load() - before - (c == 0 ? n * k_ : 0);
+      const int64_t rescored = filter.rescored.load() - before - (c == 0 ? 4 * n * k_ : 0);
       if (next < f_ && static_cast<double>(rescored) > kRescoreLimit * static_cast<double>(n * (next - c))) {
         g_stats[0] = 3;
         break;
