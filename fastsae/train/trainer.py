@@ -1,0 +1,301 @@
+"""A plain training loop for SAEs: schedule, AuxK, metrics, resumable checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..nn import TopKSAE
+from ..nn._files import write_atomic
+from ..optim import FusedAdam
+
+_FORMAT, _VERSION = "fastsae.Trainer", 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is, apart from its data. benchmarks/NOTES.md, Quality, justifies the defaults."""
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 50  # steps from zero to lr
+    decay: float = 0.5  # share of the steps, at the end, over which lr falls linearly to zero
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    lazy: bool = False
+    aux_coefficient: float = 1 / 32  # 0: no AuxK
+    k_aux: int = 256
+    dead_after: int = 10_000_000  # tokens; take a tenth of a short run's
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("steps", self.steps >= 1),
+            ("lr", self.lr > 0),
+            ("warmup", self.warmup >= 0),
+            ("decay", 0 <= self.decay <= 1),
+            ("k_aux", self.k_aux >= 1),
+            ("dead_after", self.dead_after >= 1),
+            ("log_every", self.log_every >= 1),
+        ):
+            if not ok:
+                raise ValueError(f"TrainConfig: {name} is out of range, got {getattr(self, name)}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..., steps - 1."""
+        rise = (step + 1) / self.warmup if step < self.warmup else 1.0
+        falling = self.decay * self.steps
+        fall = min(1.0, (self.steps - step) / falling) if falling else 1.0
+        return self.lr * min(rise, fall)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Averages since the previous record."""
+
+    step: int  # steps done
+    tokens: int
+    loss: float  # fvu + aux_coefficient * AuxK
+    fvu: float  # of the training batches
+    l0: float  # positive latents per token
+    dead_fraction: float  # of latents that did not fire in the last dead_after tokens
+    tokens_per_s: float
+    lr: float
+
+
+class Trainer:
+    """Trains one SAE. The loss is the batch's FVU plus AuxK.
+
+        trainer = Trainer(sae, TrainConfig(steps=1500, dead_after=200_000))
+        trainer.fit(shuffled(activations, 2048, seed=0), progress=True)
+
+    Args:
+        sae: a `TopKSAE`, or a module with its `encode`, `decode` and `aux_loss`.
+        config: the run.
+        optimizer: `FusedAdam` with the config's settings when None. Its lr is set every step.
+    """
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.sae, self.config = sae, config
+        self.optimizer = optimizer or FusedAdam(
+            sae.parameters(), config.lr, config.betas, config.eps, lazy=config.lazy
+        )
+        self._project = optimizer is not None and not isinstance(optimizer, FusedAdam)
+        self.step_count = 0
+        self.tokens = 0
+
+    def step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One optimizer step on a batch [..., D]; returns loss, fvu and l0 as scalar tensors."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(self.step_count)
+        values, indices = self.sae.encode(x)
+        out = self.sae.decode(values, indices)
+        error = fvu(x, out)
+        loss = error
+        if config.aux_coefficient:
+            aux = self.sae.aux_loss(x, out, k_aux=config.k_aux, dead_after=config.dead_after)
+            loss = error + config.aux_coefficient * aux
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self._project and self.sae.normalize_decoder:
+            self.sae.normalize_decoder_()
+        n = indices.shape[:-1].numel()
+        self.step_count += 1
+        self.tokens += n
+        l0 = (values.detach() > 0).sum() / max(n, 1)
+        return loss.detach(), error.detach(), l0
+
+    def fit(
+        self,
+        batches: Iterable[torch.Tensor],
+        *,
+        progress: bool = False,
+        on_log: Callable[[Metrics], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1000,
+    ) -> list[Metrics]:
+        """Runs until `config.steps` steps are done or the batches end.
+
+        Args:
+            batches: activations [..., D]. After `load`, start them at `step_count`.
+            progress: a tqdm bar.
+            on_log: called with every record, each `config.log_every` steps and at the end.
+            checkpoint: written every `checkpoint_every` steps and at the end, see `save`.
+
+        Returns:
+            The records.
+        """
+        self.sae.train()
+        config = self.config
+        device = self.sae.W_dec.device
+        records: list[Metrics] = []
+        sums: list[torch.Tensor] = []
+        start, tokens = time.perf_counter(), self.tokens
+        bar = _bar(config.steps, self.step_count) if progress else None
+        source = iter(batches)
+        while self.step_count < config.steps:
+            x = next(source, None)
+            if x is None:
+                break
+            sums.append(torch.stack(self.step(x.to(device, non_blocking=True))))
+            last = self.step_count == config.steps
+            if self.step_count % config.log_every == 0 or last:
+                records.append(self._record(sums, tokens, start))
+                start, tokens = time.perf_counter(), self.tokens
+                sums.clear()
+                if on_log is not None:
+                    on_log(records[-1])
+                if bar is not None:
+                    r = records[-1]
+                    bar.set_postfix_str(
+                        f"fvu {r.fvu:.4f}, dead {r.dead_fraction:.1%}, {r.tokens_per_s:,.0f} tok/s"
+                    )
+            if bar is not None:
+                bar.update()
+            if checkpoint is not None and (self.step_count % checkpoint_every == 0 or last):
+                self.save(checkpoint)
+        if sums:
+            records.append(self._record(sums, tokens, start))
+            if on_log is not None:
+                on_log(records[-1])
+        if bar is not None:
+            bar.close()
+        return records
+
+    def _record(self, sums: list[torch.Tensor], tokens: int, start: float) -> Metrics:
+        loss, error, l0 = torch.stack(sums).float().mean(0).tolist()
+        dead = self.sae.dead_latents(self.config.dead_after).numel() / self.sae.d_sae
+        rate = (self.tokens - tokens) / max(time.perf_counter() - start, 1e-9)
+        lr = self.config.lr_at(self.step_count - 1)
+        return Metrics(self.step_count, self.tokens, loss, error, l0, dead, rate, lr)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes parameters, dead-latent buffers, optimizer state and position, atomically."""
+        state = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "config": asdict(self.config),
+            "step_count": self.step_count,
+            "tokens": self.tokens,
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_atomic(Path(path), lambda p: torch.save(state, p))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continues where `save` was called; the run is then the same as without interruption.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, foreign, of a newer version, or of another config or shape.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such checkpoint")
+        device = self.sae.W_dec.device
+        try:
+            # weights_only: a checkpoint is data, loading it runs no code
+            state: Any = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            raise ValueError(f"{path}: truncated or not a checkpoint: {error}") from error
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a {_FORMAT} checkpoint")
+        if state.get("format_version") != _VERSION:
+            raise ValueError(
+                f"{path}: format_version is {state.get('format_version')!r}, this fastsae reads "
+                f"{_VERSION}"
+            )
+        saved = {**state["config"], "betas": tuple(state["config"]["betas"])}
+        here = asdict(self.config)
+        differ = [k for k in here if saved.get(k) != here[k] and k != "log_every"]
+        if differ:
+            pairs = ", ".join(f"{k} {saved.get(k)!r} (here {here[k]!r})" for k in differ)
+            raise ValueError(f"{path}: saved by a run with {pairs}")
+        try:
+            self.sae.load_state_dict(state["sae"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_count, self.tokens = state["step_count"], state["tokens"]
+
+
+def train_sae(
+    sae: TopKSAE,
+    data: torch.Tensor | Iterable[torch.Tensor],
+    *,
+    batch_size: int = 2048,
+    seed: int = 0,
+    initialize: bool = True,
+    progress: bool = False,
+    **config: Any,
+) -> list[Metrics]:
+    """Initialises `sae` from the data and trains it; returns the records.
+
+    Args:
+        data: activations [N, D], drawn in shuffled epochs, or an iterable of batches (then without
+            initialisation, batch_size and seed).
+        initialize: call `sae.initialize_from_data` first.
+        **config: fields of `TrainConfig`; `steps` is one pass over the data when not given.
+    """
+    if isinstance(data, torch.Tensor):
+        config.setdefault("steps", max(1, data.shape[0] // batch_size))
+        if initialize:
+            sae.initialize_from_data(data, seed=seed)
+        batches: Iterable[torch.Tensor] = shuffled(data, batch_size, seed=seed)
+    else:
+        batches = data
+    return Trainer(sae, TrainConfig(**config)).fit(batches, progress=progress)
+
+
+def shuffled(
+    data: torch.Tensor, batch_size: int, *, seed: int = 0, start: int = 0
+) -> Iterator[torch.Tensor]:
+    """Endless batches [batch_size, D] of data [N, D], every epoch in a new order.
+
+    The order depends on the seed only; `start` skips that many batches without reading them. An
+    epoch's last, incomplete batch is dropped.
+    """
+    per_epoch = data.shape[0] // batch_size
+    if per_epoch == 0:
+        raise ValueError(f"shuffled: {data.shape[0]} rows do not fill a batch of {batch_size}")
+    epoch, at = divmod(start, per_epoch)
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(data.shape[0], generator=generator)
+        for i in range(at, per_epoch):
+            yield data[order[i * batch_size : (i + 1) * batch_size].to(data.device)]
+        epoch, at = epoch + 1, 0
+
+
+def fvu(x: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    r"""Fraction of variance unexplained, :math:`\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2`.
+
+    Over all tokens of x [..., D], a scalar in fp32 or wider; differentiable.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    x = x.reshape(-1, x.shape[-1]).to(acc)
+    error = (x - reconstruction.reshape(x.shape)).square().sum()
+    return error / (x - x.mean(0)).square().sum().clamp_min(1e-12)
+
+
+def _bar(total: int, done: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("fit(progress=True) needs tqdm: pip install tqdm") from error
+    return tqdm(total=total, initial=done, unit="step")

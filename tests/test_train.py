@@ -1,0 +1,166 @@
+"""The training loop: learns, reports, and resumes exactly."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastsae.nn import TopKSAE
+from fastsae.train.trainer import TrainConfig, Trainer, fvu, shuffled, train_sae
+
+D, F, K = 16, 64, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These sizes are too small for two: on a loaded machine threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def data(n=2000, seed=0):
+    """Sparse sums of 40 directions: what a TopK SAE can explain."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.nn.functional.normalize(
+        torch.randn(40, D, generator=torch.Generator().manual_seed(99)), dim=1
+    )
+    which = torch.rand(n, 40, generator=generator).topk(K).indices
+    size = torch.zeros(n, 40).scatter(1, which, torch.rand(n, K, generator=generator) + 0.5)
+    return size @ truth + 2
+
+
+def test_learns_and_reports():
+    sae = TopKSAE(D, F, K, seed=0)
+    records = train_sae(sae, data(), batch_size=100, steps=300, lr=3e-3, dead_after=4000)
+    first, last = records[0], records[-1]
+    assert last.step == 300
+    assert last.tokens == 30_000
+    assert last.fvu < 0.25 < first.fvu
+    assert 0 < last.l0 <= K
+    assert last.dead_fraction == len(sae.dead_latents(4000)) / F
+    assert last.tokens_per_s > 0
+    held_out = data(seed=1)
+    with torch.no_grad():
+        assert fvu(held_out, sae.eval()(held_out)) < 0.3
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_aux_loss_revives_dead_latents():
+    dead = {}
+    for coefficient in (0.0, 1 / 32):
+        sae = TopKSAE(D, F, K, seed=0)
+        with torch.no_grad():  # half of the latents can never win
+            sae.b_enc[::2] = -100
+        config = TrainConfig(200, lr=3e-3, dead_after=1000, aux_coefficient=coefficient)
+        x = data()
+        sae.b_enc.requires_grad_(False)
+        if coefficient:
+            sae.b_enc.data[::2] = -1
+        trainer = Trainer(sae, config)
+        trainer.fit(shuffled(x, 100))
+        dead[coefficient] = len(sae.dead_latents(1000))
+    assert dead[0.0] >= F // 2
+    assert dead[1 / 32] < dead[0.0]
+
+
+def test_other_optimizer_keeps_unit_norm():
+    sae = TopKSAE(D, F, K, seed=0)
+    trainer = Trainer(sae, TrainConfig(20), torch.optim.AdamW(sae.parameters()))
+    records = trainer.fit(shuffled(data(), 100))
+    assert records[-1].fvu < records[0].fvu or len(records) == 1
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_resumes_exactly(tmp_path):
+    config = TrainConfig(40, lr=1e-2, dead_after=500, log_every=10)
+    x = data()
+
+    def start():
+        sae = TopKSAE(D, F, K, seed=0)
+        return sae, Trainer(sae, config)
+
+    whole, trainer = start()
+    trainer.fit(shuffled(x, 100))
+
+    _, first = start()
+    first.fit(itertools.islice(shuffled(x, 100), 17))
+    first.save(tmp_path / "run.pt")
+    resumed, second = start()
+    second.load(tmp_path / "run.pt")
+    assert second.step_count == 17
+    records = second.fit(shuffled(x, 100, start=17), checkpoint=tmp_path / "run.pt")
+    assert [r.step for r in records] == [20, 30, 40]
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
+        assert torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    third = start()[1]
+    third.load(tmp_path / "run.pt")
+    assert third.step_count == 40
+
+
+def test_bad_checkpoints_are_refused_by_name(tmp_path):
+    def trainer(**changes):
+        return Trainer(TopKSAE(D, F, K), TrainConfig(**{"steps": 5, **changes}))
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(FileNotFoundError, match=r"run\.pt"):
+        trainer().load(path)
+    trainer().save(path)
+    with pytest.raises(ValueError, match=r"run\.pt: saved by a run with lr"):
+        trainer(lr=0.5).load(path)
+    with pytest.raises(ValueError, match=r"run\.pt: [\s\S]*size mismatch"):
+        Trainer(TopKSAE(D, F + 1, K), TrainConfig(5)).load(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-200], whole[:10], b"", b"\x80\x04N."):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"run\.pt: (truncated|not a)"):
+            trainer().load(path)
+    for state, why in (
+        ({"a": torch.zeros(1)}, "not a fastsae"),
+        ({"format": "fastsae.Trainer", "format_version": 9}, "format_version is 9"),
+    ):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=why):
+            trainer().load(path)
+
+
+def test_schedule():
+    config = TrainConfig(100, lr=1.0, warmup=10, decay=0.2)
+    rates = [config.lr_at(i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:81] == [1.0] * 72
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+    assert TrainConfig(10, lr=1.0, warmup=0, decay=0).lr_at(9) == 1.0
+    with pytest.raises(ValueError, match="decay"):
+        TrainConfig(10, decay=2)
+
+
+def test_shuffled_batches():
+    x = torch.arange(10.0)[:, None]
+    batches = list(itertools.islice(shuffled(x, 3, seed=1), 7))
+    epoch = torch.cat(batches[:3]).flatten()
+    assert len(epoch.unique()) == 9
+    assert not torch.equal(epoch, torch.cat(batches[3:6]).flatten())
+    later = list(itertools.islice(shuffled(x, 3, seed=1, start=4), 3))
+    for a, b in zip(batches[4:], later):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="batch of 11"):
+        next(shuffled(x, 11))
+
+
+def test_fvu():
+    x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    assert float(fvu(x, x)) == 0
+    assert float(fvu(x, x.mean((0, 1)).expand_as(x))) == pytest.approx(1)
+    assert fvu(x.bfloat16(), x).dtype == torch.float32
+
+
+def test_progress_bar(capsys):
+    sae = TopKSAE(D, F, K, seed=0)
+    Trainer(sae, TrainConfig(3, log_every=2)).fit(shuffled(data(), 100), progress=True)
+    assert "3/3" in capsys.readouterr().err
