@@ -18,6 +18,15 @@ from fastsae.optim import has_unit_norm
 N, D, F, K = 40, 12, 64, 4
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These sizes are too small for two: on a loaded machine threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(dtype=torch.float64, seed=0, **options):
     sae = TopKSAE(D, F, K, dtype=dtype, seed=seed, **options)
     with torch.no_grad():
