@@ -1,0 +1,194 @@
+"""Quality: held-out FVU and dead latents of TopKSAE's own loop on MiniLM layer-3 activations.
+
+Protocol: 400,000 training tokens and 40,000 tokens of other files (minilm_activations.py), K = 32,
+1500 steps of 2048 tokens, seeds 0, 1, 2. Held-out FVU is sum |x - x_hat|^2 / sum |x - mean|^2 over
+the held-out tokens. A latent is dead when the trained SAE does not fire it on any of the 400,000
+training tokens.
+
+`--method plain` trains the same architecture by the same schedule with dense PyTorch operations,
+autograd and torch.optim.Adam, as the reference that says what the text allows.
+
+    python benchmarks/quality_minilm.py --cache DIR [--latents 3072 6144] [--method fastsae plain]
+
+Appends runs to benchmarks/results/cpu/quality_minilm.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from minilm_activations import load
+from torch import nn
+
+from fastsae.nn import TopKSAE
+from fastsae.train.trainer import TrainConfig, Trainer, fvu, shuffled
+
+K, STEPS, BATCH = 32, 1500, 2048
+TARGET = {3072: 0.110, 6144: 0.097}
+RESULTS = Path(__file__).parent / "results" / "cpu" / "quality_minilm.json"
+
+
+class PlainTopKSAE(TopKSAE):
+    """The same SAE by dense matrix products and autograd."""
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pre = nn.functional.linear(self._center(x), self.W_enc, self.b_enc)
+        values, indices = pre.topk(self.k, dim=-1)
+        values = values.relu()
+        if self.training:
+            self._track(values.detach(), indices)
+        return values, indices
+
+    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return self._dense(values, indices) @ self.W_dec + self.b_dec
+
+    def _dense(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(values.shape[0], self.d_sae).scatter(1, indices, values)
+
+    def aux_loss(
+        self, x: torch.Tensor, reconstruction: torch.Tensor, *, k_aux: int, dead_after: int
+    ) -> torch.Tensor:
+        dead = self.dead_latents(dead_after)
+        if len(dead) == 0:
+            return x.new_zeros(())
+        residual = (x - reconstruction).detach()
+        pre = self._center(x) @ self.W_enc[dead].T + self.b_enc[dead]
+        values, at = pre.topk(min(k_aux, len(dead)), dim=-1)
+        found = self._dense(values.relu(), dead[at]) @ self.W_dec
+        return (found - residual).square().sum() / (residual - residual.mean(0)).square().sum()
+
+
+class ProjectedAdam(torch.optim.Adam):
+    """torch.optim.Adam with the decoder gradient's parallel part removed first."""
+
+    def __init__(self, sae: TopKSAE, **options: float) -> None:
+        super().__init__(sae.parameters(), fused=True, **options)
+        self._w = sae.W_dec
+
+    def step(self, closure: None = None) -> None:
+        with torch.no_grad():
+            w, grad = self._w, self._w.grad
+            grad.sub_((grad * w).sum(1, keepdim=True) * w)
+        super().step()
+
+
+def run(
+    method: str,
+    f: int,
+    seed: int,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    config: TrainConfig,
+    directions: str,
+) -> dict[str, object]:
+    """One training run and its figures."""
+    sae = (PlainTopKSAE if method == "plain" else TopKSAE)(train.shape[1], f, K, seed=seed)
+    sae.initialize_from_data(train, directions=directions, seed=seed)
+    with torch.no_grad():
+        first = float(fvu(held_out, sae.eval()(held_out)))
+    optimizer = None
+    if method == "plain":
+        optimizer = ProjectedAdam(sae, lr=config.lr, betas=config.betas, eps=config.eps)
+    trainer = Trainer(sae, config, optimizer)
+    start = time.perf_counter()
+    records = trainer.fit(shuffled(train, BATCH, seed=seed), on_log=show)
+    seconds = time.perf_counter() - start
+    sae.eval()
+    out, l0 = [], 0.0
+    fired = torch.zeros(f, dtype=torch.bool)
+    with torch.no_grad():
+        for x in held_out.split(BATCH):
+            values, indices = sae.encode(x)
+            out.append(sae.decode(values, indices))
+            l0 += float((values > 0).sum()) / len(held_out)
+        for x in train.split(BATCH):
+            values, indices = sae.encode(x)
+            fired[indices[values > 0].long()] = True
+    return {
+        "method": method,
+        "F": f,
+        "K": K,
+        "seed": seed,
+        "directions": directions,
+        "config": asdict(config),
+        "initial_fvu": first,
+        "fvu": float(fvu(held_out, torch.cat(out))),
+        "dead_fraction": 1 - float(fired.float().mean()),
+        "dead_in_training": records[-1].dead_fraction,
+        "l0": l0,
+        "seconds": seconds,
+    }
+
+
+def show(record: object) -> None:
+    if record.step % 250 == 0:  # type: ignore[attr-defined]
+        print(f"  {record}", flush=True)
+
+
+def commit() -> str:
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the activations")
+    parser.add_argument("--latents", type=int, nargs="+", default=[3072, 6144])
+    parser.add_argument("--method", nargs="+", default=["fastsae"], choices=["fastsae", "plain"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--directions", default="data", choices=["data", "random"])
+    parser.add_argument("--lr", type=float, default=TrainConfig(1).lr)
+    parser.add_argument("--decay", type=float, default=TrainConfig(1).decay)
+    parser.add_argument("--warmup", type=int, default=TrainConfig(1).warmup)
+    parser.add_argument("--beta2", type=float, default=0.999)
+    parser.add_argument("--aux", type=float, default=TrainConfig(1).aux_coefficient)
+    parser.add_argument("--k-aux", type=int, default=TrainConfig(1).k_aux)
+    parser.add_argument("--dead-after", type=int, default=200_000)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    train, held_out = load(args.cache)
+    config = TrainConfig(
+        args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2),
+        aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
+    )  # fmt: skip
+    print(
+        f"# {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, commit {commit()}"
+    )
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    for method in args.method:
+        for f in args.latents:
+            new = []
+            for seed in args.seeds:
+                new.append(run(method, f, seed, train, held_out, config, args.directions))
+                new[-1] |= {"commit": commit(), "torch": torch.__version__}
+                runs.append(new[-1])
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+                shown = {k: v for k, v in new[-1].items() if k not in ("config", "torch")}
+                print(json.dumps(shown), flush=True)
+            mean = statistics.mean(float(r["fvu"]) for r in new)
+            dead = statistics.mean(float(r["dead_fraction"]) for r in new)
+            print(
+                f"{method} F={f}: FVU {mean:.4f} (target {TARGET.get(f)}), dead {dead:.2%}, "
+                f"{len(new)} seeds"
+            )
+
+
+if __name__ == "__main__":
+    main()
