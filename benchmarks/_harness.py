@@ -2,7 +2,7 @@
 
 A round runs every contender once (A B C A B C ...), so that a disturbance of the machine hits all
 of them; a reported ratio is the median over the rounds of the ratio within a round (the ratio of
-the medians where one of the two ran in fewer rounds). Rows live in results/<device>/<name>.json,
+the medians where too few rounds are shared). Rows live in results/<device>/<name>.json,
 one per key (CPU, op, shape, dtype, contender): a later run of the same key replaces the row, so a
 table can be measured in short pieces.
 """
@@ -39,6 +39,7 @@ KS = (32, 64)
 PRODUCT_DEFAULT = "product, default"
 PRODUCT_ONEDNN = "product, oneDNN"
 RATIOS = ("of_default", "of_onednn", "of_own")
+CALM = 0.05  # share of the CPUs that other processes may take in a round that counts
 CACHE_BYTES = 96 << 20  # rotate inputs until they exceed this: three times a 32 MB last-level cache
 
 
@@ -63,6 +64,7 @@ class Measurement:
     name: str
     note: str = ""
     failed: str = ""
+    others: float = 0.0
     times: dict[int, float] = field(default_factory=dict)  # round -> seconds
 
     def ms(self, q: float = 0.5) -> float:
@@ -75,9 +77,10 @@ class Measurement:
     def ratio(self, unit: Measurement | None) -> float | None:
         if unit is None or not self.times or not unit.times:
             return None
-        if self.times.keys() != unit.times.keys():
+        shared = self.times.keys() & unit.times.keys()
+        if len(shared) < min(5, len(self.times), len(unit.times)):
             return self.median_ms() / unit.median_ms()
-        return statistics.median(self.times[r] / unit.times[r] for r in self.times)
+        return statistics.median(self.times[r] / unit.times[r] for r in shared)
 
 
 # ---- the machine ----------------------------------------------------------------------------
@@ -238,12 +241,27 @@ def verify(contender: Contender) -> Measurement:
     return m
 
 
+def _cpu_seconds() -> tuple[float, float]:
+    """CPU seconds used on this machine by everything, and by this process."""
+    own = os.times()
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return 0.0, 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(v) for v in fields)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy, own.user + own.system
+
+
 def measure(
     contenders: Sequence[Contender], *, rounds: int, seconds: float, warmup: int = 1
 ) -> list[Measurement]:
     """Verifies every contender, then times the right ones in interleaved rounds.
 
-    Stops after `rounds`, or after `seconds` once three rounds are complete.
+    Stops after `rounds` undisturbed rounds, or after `seconds` once three rounds are complete.
+    A round is disturbed when other processes took more than 5% of the CPUs during it: those
+    rounds are dropped, as long as five remain, otherwise the calmest half is kept. The share that
+    others took in the rounds kept is in every row.
     """
     results = [verify(c) for c in contenders]
     live = [(c, m) for c, m in zip(contenders, results) if not m.failed]
@@ -254,10 +272,14 @@ def measure(
         for i in range(warmup if contender.every == 1 else 0):
             with product_library(contender.library):
                 contender.run(i)
+    others: dict[int, float] = {}  # round -> share of the CPUs that other processes took
     begin = time.perf_counter()
-    for r in range(rounds):
-        if r >= 3 and time.perf_counter() - begin > seconds:
+    for r in range(4 * rounds):
+        elapsed = time.perf_counter() - begin
+        calm = sum(share <= CALM for share in others.values())
+        if calm >= rounds or (r >= 3 and elapsed > seconds):
             break
+        round_begin, (busy, own) = time.perf_counter(), _cpu_seconds()
         for contender, m in live:
             if r % contender.every:
                 continue
@@ -265,6 +287,15 @@ def measure(
                 start = time.perf_counter()
                 contender.run(r)
                 m.times[r] = time.perf_counter() - start
+        busy_after, own_after = _cpu_seconds()
+        wall = (time.perf_counter() - round_begin) * (os.cpu_count() or 1)
+        others[r] = max(0.0, (busy_after - busy) - (own_after - own)) / wall
+    for _, m in live:
+        ran = sorted(m.times, key=lambda r: others[r])
+        calm = sum(others[r] <= CALM for r in ran)
+        kept = ran[: calm if calm >= 5 else max(calm, 3, len(ran) // 2)]
+        m.times = {r: m.times[r] for r in sorted(kept)}
+        m.others = statistics.mean(others[r] for r in m.times)
     return results
 
 
@@ -382,6 +413,7 @@ def rows_of(
                 "p20": round(m.ms(0.2), 3),
                 "p80": round(m.ms(0.8), 3),
                 "rounds": len(m.times),
+                "others": round(m.others, 3),
             }
             for label, unit in zip(RATIOS, (units[0], units[-1], own)):
                 ratio = m.ratio(by_name.get(unit))
@@ -394,15 +426,16 @@ def rows_of(
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("contender", "ms", "p20–p80", "/default", "/oneDNN", "/fastsae", "note")
+    columns = ("contender", "ms", "p20–p80", "/default", "/oneDNN", "/fastsae", "others", "note")
     lines = [columns]
     for r in rows:
         if "failed" in r:
-            lines.append((r["contender"], "–", "–", "–", "–", "–", r["failed"]))
+            lines.append((r["contender"], *["–"] * 6, r["failed"]))
             continue
         ratios = [f"{r[c]:.3f}" if c in r else "–" for c in RATIOS]
         spread = f"{r['p20']:.1f}–{r['p80']:.1f}"
-        lines.append((r["contender"], f"{r['ms']:.1f}", spread, *ratios, r.get("note", "")))
+        times = (r["contender"], f"{r['ms']:.1f}", spread)
+        lines.append((*times, *ratios, f"{r['others']:.0%}", r.get("note", "")))
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     print(f"\n## {title}")
     for line in lines:
