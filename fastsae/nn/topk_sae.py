@@ -197,6 +197,8 @@ class TopKSAE(nn.Module):
         Returns:
             values [..., k] descending and indices [..., k] int32, as `fastsae.ops.topk_encode`.
         """
+        if not torch.compiler.is_compiling():
+            self._refuse_ddp()
         values, indices = topk_encode(
             self._center(x),
             self.W_enc,
@@ -215,8 +217,6 @@ class TopKSAE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The reconstruction of x [..., D], in the parameters' dtype."""
-        if not torch.compiler.is_compiling():
-            self._refuse_ddp()
         return self.decode(*self.encode(x))
 
     def _center(self, x: torch.Tensor) -> torch.Tensor:

@@ -344,13 +344,25 @@ def _merge(param: torch.Tensor, recorded: list[Factor]) -> Factor | None:
     ]
     if len(parts) == 1:
         return parts[0]
-    k = max(f.values.shape[1] for f in parts)
-    wide = [_widen(f, k) for f in parts]
-    return Factor(
-        torch.cat([v for v, _ in wide]),
-        torch.cat([i for _, i in wide]),
-        torch.cat([f.rows for f in parts]),
+    # Factors of one width: AuxK selects another number of latents than the SAE. Padding a narrow
+    # one costs pairs of value zero, cutting a wide one costs copies of its rows (about two pairs).
+    width = min(
+        {f.values.shape[1] for f in parts},
+        key=lambda w: sum(-(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in parts),
     )
+    values, indices, rows = zip(*(_cut(f, width) for f in parts), strict=True)
+    return Factor(torch.cat(values), torch.cat(indices), torch.cat(rows))
+
+
+def _cut(factor: Factor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same sum with K = width, over copies of the rows."""
+    n, k = factor.values.shape
+    pieces = -(-k // width)
+    values, indices = (
+        t.view(n, pieces, width).transpose(0, 1).reshape(-1, width)
+        for t in _widen(factor, pieces * width)
+    )
+    return values, indices, factor.rows.repeat(pieces, 1)
 
 
 def _add_to_grad(param: torch.Tensor, factor: Factor) -> None:
