@@ -37,10 +37,10 @@ Groups group_by_latent(const char* op, const int32_t* indices, int64_t N, int64_
 
   // First digit: every part of the pairs counts, then moves its own, to the buckets of the latents'
   // high bits.
-  const int64_t parts = std::clamp<int64_t>(P >> 13, 1, torch::stable::get_num_threads());
+  const int64_t parts = threads_for(P, P);
   std::vector<uint32_t> cursor(parts * buckets, 0);
   const auto part_begin = [&](int64_t part) { return P * part / parts; };
-  parallel_each(parts, [&](int64_t part) {
+  parallel_each(parts, parts, [&](int64_t part) {
     uint32_t* count = cursor.data() + part * buckets;
     for (int64_t p = part_begin(part); p < part_begin(part + 1); ++p) ++count[indices[p] >> shift];
   });
@@ -56,7 +56,7 @@ Groups group_by_latent(const char* op, const int32_t* indices, int64_t N, int64_
   }
   bucket_begin[buckets] = total;
   Scratch<Pair> pairs(P);
-  parallel_each(parts, [&](int64_t part) {
+  parallel_each(parts, parts, [&](int64_t part) {
     uint32_t* to = cursor.data() + part * buckets;
     for (int64_t p = part_begin(part); p < part_begin(part + 1); ++p) {
       const uint32_t latent = static_cast<uint32_t>(indices[p]);
@@ -67,7 +67,7 @@ Groups group_by_latent(const char* op, const int32_t* indices, int64_t N, int64_
   // Second digit: each bucket is sorted by one thread; `offset` of its latents is the cursor, which
   // ends one latent ahead.
   const uint32_t tokens_per = static_cast<uint32_t>(K);
-  parallel_each(buckets, [&](int64_t b) {
+  parallel_each(buckets, parts, [&](int64_t b) {
     const int64_t first = b << shift, last = std::min(F, (b + 1) << shift);
     const Pair *begin = pairs.get() + bucket_begin[b], *end = pairs.get() + bucket_begin[b + 1];
     std::vector<uint32_t> to(last - first, 0);

@@ -50,8 +50,10 @@ void parallel_latents(const Groups& groups, const std::vector<int32_t>* latents,
     }
     return low;
   };
-  const int64_t total = cost(count), pieces = n_pieces(count, total * D);
-  parallel_each(pieces, [&](int64_t i) {
+  if (count == 0) return;
+  const int64_t total = cost(count), threads = threads_for(count, total * D);
+  const int64_t pieces = n_pieces(count, threads);
+  parallel_each(pieces, threads, [&](int64_t i) {
     const int64_t begin = split(total * i / pieces), end = split(total * (i + 1) / pieces);
     if (begin < end) f(begin, end);
   });

@@ -70,11 +70,10 @@ inline void check_indices(const char* op, const int32_t* indices, int64_t n, int
                   *range.first, " to ", *range.second);
 }
 
-// f(i) for i in [0, n) on torch's threads, handed out as threads come free (other work may hold a
-// core). What is computed for an i must not depend on the thread.
+// f(i) for i in [0, n) on `threads` of torch's threads, handed out as they come free (other work
+// may hold a core). What is computed for an i must not depend on the thread.
 template <class F>
-void parallel_each(int64_t n, const F& f) {
-  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+void parallel_each(int64_t n, int64_t threads, const F& f) {
   if (threads <= 1) {
     for (int64_t i = 0; i < n; ++i) f(i);
     return;
@@ -85,18 +84,23 @@ void parallel_each(int64_t n, const F& f) {
   });
 }
 
-// Into how many pieces n things go that take `work` multiply-adds in all.
-inline int64_t n_pieces(int64_t n, int64_t work) {
-  const int64_t enough = 1 << 14;  // less is not worth handing to a second thread
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::min({n, threads == 1 ? 1 : threads * 16, work / enough + 1});
+// How many threads are worth waking for n things that take `work` multiply-adds in all.
+inline int64_t threads_for(int64_t n, int64_t work) {
+  const int64_t enough = 1 << 14;  // about 5 us for one thread
+  return std::min<int64_t>({n, work / enough + 1, torch::stable::get_num_threads()});
+}
+
+// Into how many pieces to cut n things for `threads`: enough that none waits long for the last.
+inline int64_t n_pieces(int64_t n, int64_t threads) {
+  return threads == 1 ? 1 : std::min(n, threads * 16);
 }
 
 // f(begin, end) over pieces of [0, n); each of the n is `work` multiply-adds.
 template <class F>
 void parallel_ranges(int64_t n, int64_t work, const F& f) {
-  const int64_t pieces = n_pieces(n, n * work);
-  parallel_each(pieces, [&](int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
+  if (n <= 0) return;
+  const int64_t threads = threads_for(n, n * work), pieces = n_pieces(n, threads);
+  parallel_each(pieces, threads, [&](int64_t i) { f(n * i / pieces, n * (i + 1) / pieces); });
 }
 
 // Uninitialised memory, aligned to a cache line.
