@@ -25,21 +25,6 @@
 #include "cpu/foreach_level.h"
 
 namespace fastsae {
-namespace topk {
-
-template <class T>
-void Rows<T>::shrink(int64_t row) {
-  if (count[row] < k) return;
-  Key* begin = keys + row * capacity;
-  std::nth_element(begin, begin + (k - 1), begin + count[row], std::greater<Key>());
-  count[row] = k;
-  const T rank = key_rank<T>(begin[k - 1]);
-  // k NaN rows seen: only NaN may still enter, and loses.
-  threshold[row] = rank != rank ? std::numeric_limits<T>::infinity() : rank;
-}
-
-}  // namespace topk
-
 namespace {
 
 using namespace topk;
@@ -48,6 +33,7 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "topk_encode";
 constexpr int64_t kChunkBytes = 4 << 20;   // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
+constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
 constexpr int64_t kRowBytes = 28 << 20;    // everything that is kept per row of a super-block
 constexpr int64_t kDotRows = 6;            // up to here packing W costs more than it saves
 constexpr int64_t kFilterRows = 64;        // from here the filter's packing pays
@@ -99,6 +85,32 @@ inline float norm_above(float square, int64_t terms) {
   return norm <= 0x1p40 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
 }
 
+// Rows::shrink for any count.
+template <class T>
+void shrink_any(Rows<T>& rows, int64_t row) {
+  using Key = typename KeyOf<T>::Key;
+  const int64_t n = rows.count[row], k = rows.k;
+  if (n < k) return;
+  T* rank = rows.rank + row * rows.stride;
+  int32_t* index = rows.index + row * rows.stride;
+  static thread_local std::vector<Key> keys;
+  keys.resize(n);
+  for (int64_t i = 0; i < n; ++i) keys[i] = make_key<T>(rank[i], index[i]);
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<Key>());
+  const Key kth = keys[k - 1];
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (make_key<T>(rank[i], index[i]) < kth) continue;
+    rank[kept] = rank[i];
+    index[kept++] = index[i];
+  }
+  rows.count[row] = k;
+  const T threshold = key_rank<T>(kth);
+  // k NaN seen: only NaN may still enter, and loses.
+  rows.threshold[row] = threshold != threshold ? std::numeric_limits<T>::infinity() : threshold;
+  if (n > kSelect) std::vector<Key>().swap(keys);
+}
+
 template <class In>
 Kernels<acc_t<In>, In> kernels_at(CpuLevel level) {
 #if FASTSAE_X86
@@ -136,16 +148,16 @@ class Encoder {
     const bool packs = kMaxCols * round_up(d_, 2) * int64_t(sizeof(A)) <= (8 << 20);
     const bool can_filter = kernels_.scan_filter && !exact16 && packs;
     bool dot = !packs || n_ <= kDotRows;
-    bool filter = can_filter && n_ >= kFilterRows && d_ >= 64 && k_ * 16 <= f_;
+    bool filter = can_filter && n_ >= kFilterRows && d_ >= 64 && k_ * 16 <= f_ && k_ <= 1024;
     if (path == "dot") dot = true;
     if (path == "plain" && packs) dot = filter = false;
-    if (path == "filter" && can_filter) filter = true, dot = false;
+    if (path == "filter" && can_filter && k_ <= 1024) filter = true, dot = false;
     g_stats[0] = dot ? 0 : filter ? 2 : 1;
     g_stats[1] = n_;
     g_stats[2] = f_;
     g_stats[3] = 0;
-    int64_t row_bytes = capacity_ * sizeof(Key) + sizeof(A) + 16 + d_ * sizeof(A);
-    if (filter) row_bytes += d_ * 2 + pending_capacity() * sizeof(Pending);
+    int64_t row_bytes = (capacity_ + kSlack) * (sizeof(A) + 4) + 32 + d_ * sizeof(A);
+    if (filter) row_bytes += d_ * 2 + pending_stride() * 12;
     const int64_t most = std::max<int64_t>(1, kRowBytes / row_bytes);
     const int64_t blocks = (n_ + most - 1) / most;
     const int64_t rows = (n_ + blocks - 1) / blocks;
@@ -175,22 +187,29 @@ class Encoder {
     }
   }
 
-  int32_t pending_capacity() const { return static_cast<int32_t>(std::max<int64_t>(96, 2 * k_)); }
+  // Candidates of a row that wait for rescoring; with what is known they must fit kSelect.
+  int64_t pending_capacity() const { return std::min<int64_t>(6 * k_ + 192, kSelect - capacity_ - 64); }
+  int64_t pending_stride() const { return pending_capacity() + 2 * kSlack; }
 
   struct RowState {
-    Buffer<Key> keys;
+    Buffer<A> rank;
+    Buffer<int32_t> index;
     Buffer<A> threshold;
     Buffer<int64_t> count;
     Rows<A> rows;
   };
 
   void init_rows(RowState& s, int64_t n) const {
-    s.keys.resize(n * capacity_);
+    const int64_t stride = capacity_ + kSlack;
+    s.rank.resize(n * stride);
+    s.index.resize(n * stride);
     s.threshold.resize(n);
     s.count.resize(n);
     std::fill_n(s.threshold.get(), n, std::numeric_limits<A>::quiet_NaN());
     std::fill_n(s.count.get(), n, 0);
-    s.rows = {s.keys.get(), s.threshold.get(), s.count.get(), capacity_, k_};
+    const bool small = kernels_.shrink && capacity_ + kSlack <= kSelect;
+    s.rows = {s.rank.get(), s.index.get(), s.threshold.get(), s.count.get(), capacity_, stride,
+              k_, small ? kernels_.shrink : shrink_any<A>};
   }
 
   // Rows r.. of x as [panels][D][mr], zero past n.
@@ -297,8 +316,8 @@ class Encoder {
     for (int64_t d = 0; d < depth; ++d) {
       x[d] = static_cast<const A*>(a)[(row / mr) * mr * depth + d * mr + row % mr];
     }
-    Key keys[kMaxCols + 1];
-    A threshold;
+    A ranks[2 * kSlack], threshold;
+    int32_t index[2 * kSlack];
     int64_t count;
     for (int64_t i = 0; i < n; i += cols) {
       const In* rows[kMaxCols];
@@ -307,7 +326,7 @@ class Encoder {
       PlainJob<A> job{};
       job.depth = depth, job.mr = 1, job.panel_end = 1, job.n_rows = 1;
       job.a = x.get(), job.b = panel.get(), job.n_cols = m, job.block = 1;
-      Rows<A> sink{keys, &threshold, &count, kMaxCols + 1, kMaxCols};
+      Rows<A> sink{ranks, index, &threshold, &count, kMaxCols + 1, 0, kMaxCols, shrink_any<A>};
       threshold = std::numeric_limits<A>::quiet_NaN();
       count = 0;
       job.rows = &sink;
@@ -318,7 +337,7 @@ class Encoder {
         kernels_.pack(rows, d_, panel.get());
         kernels_.scan(job);
       }
-      for (int c = 0; c < m; ++c) out[i + key_index<A>(keys[c])] = key_rank<A>(keys[c]);
+      for (int c = 0; c < m; ++c) out[i + index[c]] = ranks[c];
     }
   }
 
@@ -331,9 +350,13 @@ class Encoder {
   // values, which are then scored again: `score(row, latents, n, out)`.
   template <class Score>
   void write_row(Rows<A>& rows, int64_t row, int64_t out, const Score& score) const {
-    rows.shrink(row);
-    Key* keys = rows.keys + row * rows.capacity;
-    std::sort(keys, keys + k_, std::greater<Key>());
+    rows.shrink(rows, row);
+    static thread_local std::vector<Key> keys;
+    keys.resize(k_);
+    for (int64_t i = 0; i < k_; ++i) {
+      keys[i] = make_key<A>(rows.rank[row * rows.stride + i], rows.index[row * rows.stride + i]);
+    }
+    std::sort(keys.begin(), keys.end(), std::greater<Key>());
     int32_t* index = indices_ + out * k_;
     for (int64_t i = 0; i < k_; ++i) index[i] = key_index<A>(keys[i]);
     constexpr int64_t kBatch = 256;
@@ -359,8 +382,7 @@ class Encoder {
       const Rows<A>& from = groups[g].rows;
       Rows<A>& to = groups[0].rows;
       for (int64_t i = 0; i < from.count[row]; ++i) {
-        const Key key = from.keys[row * capacity_ + i];
-        to.add(row, key_rank<A>(key), key_index<A>(key));
+        to.add(row, from.rank[row * from.stride + i], from.index[row * from.stride + i]);
       }
     }
   }
@@ -398,7 +420,7 @@ class Encoder {
 
   // Groups of latents that run side by side, each with its own row states.
   int64_t groups_for(int64_t n) const {
-    const int64_t bytes = n * capacity_ * int64_t(sizeof(Key));
+    const int64_t bytes = n * (capacity_ + kSlack) * int64_t(sizeof(A) + 4);
     return std::max<int64_t>(1, std::min(threads_, std::min(f_ / 256, (16 << 20) / bytes)));
   }
 
@@ -441,7 +463,7 @@ class Encoder {
       parallel_for(0, (c_end - c + cols - 1) / cols, 2, [&](int64_t begin, int64_t end) {
         pack_latents(use_bf16, c, c_end, begin, end, packed.get());
       });
-      parallel_for(0, base.panel_end, 1, [&](int64_t begin, int64_t end) {
+      parallel_ranges(base.panel_end, mr * (c_end - c) * d_, [&](int64_t begin, int64_t end) {
         PlainJob<A> job = base;
         job.panel_begin = begin, job.panel_end = end;
         job.b = packed.get(), job.n_cols = c_end - c, job.first = c;
@@ -499,8 +521,9 @@ class Encoder {
     });
   }
 
-  void run_filter(int64_t r, int64_t n);
   struct Filter;
+  void run_filter(int64_t r, int64_t n);
+  void rescore_all(Filter& filter, int64_t n, int64_t n_latents) const;
 
   Kernels<A, In> kernels_;
   const In *x_, *w_;

@@ -11,6 +11,7 @@ namespace topk {
 
 constexpr int kMaxRows = 14;  // rows of the widest microkernel: 14 x 2 accumulators of 32 registers
 constexpr int kMaxCols = 32;
+constexpr int kSlack = 32;
 
 // Keys order (rank descending, ties by lowest index, NaN first) as plain unsigned integers.
 template <class T>
@@ -59,26 +60,37 @@ static inline T key_rank(typename KeyOf<T>::Key key) {
   return rank;
 }
 
-// The best so far of a set of rows: a buffer of keys per row, cut to the k best when it is full.
-// A score enters when !(score <= threshold): strict, because a later latent loses a tie; NaN as the
-// threshold lets everything in (fewer than k seen), NaN as the score always enters.
+// The rank whose order is given, as a threshold: k NaN seen means that only NaN may still enter.
+static inline float threshold_from_order(uint32_t order) {
+  if (order >= 0xff800000u) return std::numeric_limits<float>::infinity();
+  return key_rank<float>(static_cast<uint64_t>(order) << 32);
+}
+
+// The best so far of a set of rows: ranks and indices in order of index, cut to the k best when
+// they reach `capacity`. A score enters when !(score <= threshold): strict, because a later latent
+// loses a tie; NaN as the threshold lets everything in (fewer than k seen), NaN as the score always
+// enters.
 template <class T>
 struct Rows {
-  using Key = typename KeyOf<T>::Key;
-  Key* keys;         // [rows, capacity]
+  T* rank;           // [rows, stride]
+  int32_t* index;    // [rows, stride]
   T* threshold;      // [rows]
   int64_t* count;    // [rows]
   int64_t capacity;  // > k
+  int64_t stride;    // capacity + kSlack: a whole vector may be stored past the end
   int64_t k;
+  void (*shrink)(Rows&, int64_t row);  // keeps the k best, raises the threshold
 
-  void shrink(int64_t row);  // keeps the k best, raises the threshold
-
-  inline void add(int64_t row, T rank, int32_t index) {
+  inline void add(int64_t row, T r, int32_t i) {
     int64_t& n = count[row];
-    keys[row * capacity + n] = make_key<T>(rank, index);
-    if (++n == capacity) shrink(row);
+    rank[row * stride + n] = r;
+    index[row * stride + n] = i;
+    if (++n >= capacity) shrink(*this, row);
   }
 };
+
+// Ranks up to this many are selected by the vectorised kernel, more by std::nth_element.
+constexpr int64_t kSelect = 4096;
 
 // Scores of packed row panels against packed latent panels, appended to `rows`.
 template <class T>
@@ -97,28 +109,18 @@ struct PlainJob {
   Rows<T>* rows;
 };
 
-struct Pending {
-  float lower, upper;  // of the rank
-  int32_t index;
-};
-
-// The filter's side of a row: candidates not yet rescored, and the largest known lower bound of the
-// k-th best rank.
+// The filter's side of a row: bounds of the ranks of candidates not yet rescored, in order of
+// index, and the largest known lower bound of the k-th best rank.
 struct FilterRows {
-  Pending* pending;  // [rows, capacity]
-  int32_t* count;
+  float *lower, *upper;  // [rows, stride]
+  int32_t* index;
+  int32_t *count, *limit;  // [rows]; at `limit` candidates `full` is called
   float* threshold;
   const float* err_w;   // [rows] factor of |w|: |x - x^| and accumulation errors
   const float* err_dw;  // [rows] factor of |w - w^|: |x^|
-  int32_t capacity;
+  int64_t stride;
   void* owner;
-  void (*full)(void* owner, int64_t row);  // makes room
-
-  inline void add(int64_t row, float lower, float upper, int32_t index) {
-    int32_t& n = count[row];
-    pending[row * capacity + n] = {lower, upper, index};
-    if (++n == capacity) full(owner, row);
-  }
+  void (*full)(void* owner, int64_t row);
 };
 
 // Per latent of a chunk, padded to whole panels: rank = score * scale + bias, |error| <=
@@ -156,10 +158,14 @@ struct Kernels {
   void (*scan_dot)(const DotJob<T, In>&);
   // out[i] = <x, rows[i]>, in the same order of summation as scan_dot.
   void (*dots)(const T* x, const In* const* rows, int64_t n, int64_t d, T* out);
+  void (*shrink)(Rows<T>&, int64_t row);  // for counts up to kSelect; null: none
   // bf16 products, or null.
   int bf16_max_rows, bf16_cols;
   void (*scan_bf16)(const PlainJob<T>&);
   void (*scan_filter)(const FilterJob&);
+  // Raises a row's threshold to the k-th best of its lower bounds and the `known` exact ranks, and
+  // drops the candidates below it.
+  void (*prune)(FilterRows&, int64_t row, const float* ranks, int64_t known, int64_t k);
   // [pairs][stride] bf16 pairs; square[i] = sum w^2, residual[i] = sum (w - w^)^2 unless null.
   void (*pack_bf16)(const In* const* rows, int64_t d, uint32_t* out, float* square,
                     float* residual);

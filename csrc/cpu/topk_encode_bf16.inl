@@ -66,20 +66,61 @@ static void emit_filter(const float* c, int64_t row, int n_rows, int n_cols, int
     }
     mask &= valid;
     if (__builtin_expect(mask == 0, 1)) continue;
-    alignas(64) float uppers[32], lowers[32];
+    const int64_t base = (row + r) * rows->stride;
+    int32_t n = rows->count[row + r];
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < 2; ++j, mask >>= 16) {
+      const __mmask16 m = static_cast<__mmask16>(mask);
       const __m512 rank = _mm512_fmadd_ps(_mm512_load_ps(c + 16 * j), scale[j],
                                           _mm512_loadu_ps(cols.lower + col + 16 * j));
-      _mm512_store_ps(uppers + 16 * j, bound[j]);
-      _mm512_store_ps(lowers + 16 * j,
-                      _mm512_fnmadd_ps(err_w, norm[j], _mm512_fnmadd_ps(err_dw, residual[j], rank)));
+      const __m512 lower =
+          _mm512_fnmadd_ps(err_w, norm[j], _mm512_fnmadd_ps(err_dw, residual[j], rank));
+      append(lower, m, rows->lower + base + n);
+      append(bound[j], m, rows->upper + base + n);
+      append_index(first + 16 * j, m, rows->index + base + n);
+      n += __builtin_popcount(m);
     }
-    for (; mask; mask &= mask - 1) {
-      const int i = __builtin_ctz(mask);
-      rows->add(row + r, lowers[i], uppers[i], static_cast<int32_t>(first + i));
-    }
+    rows->count[row + r] = n;
+    if (n >= rows->limit[row + r]) rows->full(rows->owner, row + r);
   }
+}
+
+static void prune(FilterRows& rows, int64_t row, const float* ranks, int64_t known, int64_t k) {
+  const int64_t base = row * rows.stride;
+  float *lower = rows.lower + base, *upper = rows.upper + base;
+  int32_t* index = rows.index + base;
+  const int64_t n = rows.count[row];
+  if (n + known < k || n + known > kSelect) return;
+  const __m512 inf = _mm512_set1_ps(__builtin_inff());
+  alignas(64) uint32_t order[kSelect + 48];
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; i += 16, m += 16) {
+    const __m512 v = _mm512_loadu_ps(lower + i);
+    const __mmask16 real = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q) & first_lanes(n - i);
+    _mm512_store_si512(order + m, _mm512_maskz_mov_epi32(real, order16(v)));  // NaN: knows nothing
+  }
+  for (int64_t i = 0; i < known; i += 16, m += 16) {
+    const __m512 v = _mm512_loadu_ps(ranks + i);
+    const __m512 top = _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), inf);
+    _mm512_store_si512(order + m, _mm512_maskz_mov_epi32(first_lanes(known - i), order16(top)));
+  }
+  int64_t above = 0;
+  const uint32_t kth = kth_largest(order, m, k, &above);
+  if (kth < 0x00800000u) return;  // below every finite number
+  const float t = threshold_from_order(kth);
+  if (t > rows.threshold[row]) rows.threshold[row] = t;
+  const __m512 threshold = _mm512_set1_ps(rows.threshold[row]);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 u = _mm512_loadu_ps(upper + i), l = _mm512_loadu_ps(lower + i);
+    const __m512i x = _mm512_loadu_si512(index + i);
+    const __mmask16 keep = _mm512_cmp_ps_mask(u, threshold, _CMP_NLT_UQ) & first_lanes(n - i);
+    _mm512_storeu_ps(lower + kept, _mm512_maskz_compress_ps(keep, l));
+    _mm512_storeu_ps(upper + kept, _mm512_maskz_compress_ps(keep, u));
+    _mm512_storeu_si512(index + kept, _mm512_maskz_compress_epi32(keep, x));
+    kept += __builtin_popcount(keep);
+  }
+  rows.count[row] = static_cast<int32_t>(kept);
 }
 
 static void scan_filter(const FilterJob& job) {
@@ -122,35 +163,6 @@ static void scan_bf16(const PlainJob<float>& job) {
                      job.scale ? job.scale + first : nullptr, job.rows);
       }
     }
-  }
-}
-
-// 16 x 16 transpose of 32-bit elements.
-static inline void transpose16(__m512i* r) {
-  __m512i t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
   }
 }
 
@@ -210,6 +222,7 @@ static void set_bf16(Kernels<float, In>& t) {
   t.bf16_cols = kBf16Cols;
   t.scan_bf16 = scan_bf16;
   t.scan_filter = scan_filter;
+  t.prune = prune;
   t.pack_bf16 = pack_bf16<In>;
 }
 static void set_bf16(Kernels<double, double>&) {}

@@ -16,82 +16,82 @@ struct Encoder<In>::Filter {
   FilterRows f;
   std::atomic<int64_t> rescored{0};
 
-  // Scores the pending pairs of a row in fp32 and merges them into its k best.
-  void rescore(int64_t row, const float* x) {
-    const Pending* pending = f.pending + row * int64_t(f.capacity);
-    const int32_t n = f.count[row];
+  // Scores the candidates [begin, end) of a row in fp32 and merges them into its k best.
+  void rescore(int64_t row, int64_t begin, int64_t end) {
+    const In* x = e->x_ + (r + row) * e->d_;
+    const float* wide;
+    if constexpr (std::is_same<In, float>::value) {
+      wide = x;
+    } else {
+      static thread_local std::vector<float> store;
+      store.resize(e->d_);
+      for (int64_t i = 0; i < e->d_; ++i) store[i] = widen(x[i]);
+      wide = store.data();
+    }
+    const int32_t* index = f.index + row * f.stride;
     const In* w[8];
     float score[8];
-    for (int32_t i = 0; i < n; i += 8) {
-      const int32_t m = std::min(8, n - i);
-      for (int32_t t = 0; t < m; ++t) w[t] = e->w_ + int64_t(pending[i + t].index) * e->d_;
-      e->kernels_.dots(x, w, m, e->d_, score);
-      for (int32_t t = 0; t < m; ++t) {
-        const float rank = e->rank_of(score[t], pending[i + t].index);
-        if (!(rank <= rows->threshold[row])) rows->add(row, rank, pending[i + t].index);
+    for (int64_t i = begin; i < end; i += 8) {
+      const int64_t m = std::min<int64_t>(8, end - i);
+      for (int64_t t = 0; t < m; ++t) w[t] = e->w_ + int64_t(index[i + t]) * e->d_;
+      e->kernels_.dots(wide, w, m, e->d_, score);
+      for (int64_t t = 0; t < m; ++t) {
+        const float rank = e->rank_of(score[t], index[i + t]);
+        if (!(rank <= rows->threshold[row])) rows->add(row, rank, index[i + t]);
       }
     }
-    f.count[row] = 0;
-    rescored.fetch_add(n, std::memory_order_relaxed);
-    if (rows->count[row] > e->k_) rows->shrink(row);
-    raise(row, rows->threshold[row]);
+    rescored.fetch_add(end - begin, std::memory_order_relaxed);
   }
 
-  void raise(int64_t row, float threshold) {
-    if (threshold > f.threshold[row]) f.threshold[row] = threshold;  // false for NaN
-  }
-
-  // Raises the threshold to the k-th best lower bound and drops what is below it.
   void prune(int64_t row) {
-    Pending* pending = f.pending + row * int64_t(f.capacity);
-    const int32_t n = f.count[row];
-    const int64_t known = rows->count[row], k = e->k_;
-    if (n + known < k) return;
-    static thread_local std::vector<float> bounds;
-    bounds.clear();
-    constexpr float kInf = std::numeric_limits<float>::infinity();
-    for (int32_t i = 0; i < n; ++i) {
-      const float b = pending[i].lower;
-      bounds.push_back(b == b ? b : -kInf);
-    }
-    for (int64_t i = 0; i < known; ++i) {
-      const float b = key_rank<float>(rows->keys[row * rows->capacity + i]);
-      bounds.push_back(b == b ? b : kInf);
-    }
-    std::nth_element(bounds.begin(), bounds.begin() + (k - 1), bounds.end(), std::greater<float>());
-    raise(row, bounds[k - 1]);
-    int32_t kept = 0;
-    for (int32_t i = 0; i < n; ++i) {
-      if (!(pending[i].upper < f.threshold[row])) pending[kept++] = pending[i];
-    }
-    f.count[row] = kept;
+    e->kernels_.prune(f, row, rows->rank + row * rows->stride, rows->count[row], e->k_);
   }
 
-  // A row's candidates did not fit: prune, and rescore at once if that frees too little.
+  // All candidates of a row, at once.
+  void flush(int64_t row) {
+    rescore(row, 0, f.count[row]);
+    f.count[row] = 0;
+    if (rows->count[row] > e->k_) rows->shrink(*rows, row);
+    const float t = rows->threshold[row];
+    if (t > f.threshold[row]) f.threshold[row] = t;  // false for NaN
+  }
+
+  // Prunes; the next time comes k candidates later, and when they no longer fit they are rescored.
   static void full(void* self, int64_t row) {
     Filter* filter = static_cast<Filter*>(self);
+    const int64_t capacity = filter->e->pending_capacity();
+    const int64_t step = std::max<int64_t>(filter->e->k_, 64);
     filter->prune(row);
-    if (filter->f.count[row] > filter->f.capacity / 2) filter->rescore_row(row);
-  }
-
-  void rescore_row(int64_t row) {
-    const In* x = e->x_ + (r + row) * e->d_;
-    if constexpr (std::is_same<In, float>::value) {
-      rescore(row, x);
-    } else {
-      static thread_local std::vector<float> wide;
-      wide.resize(e->d_);
-      for (int64_t i = 0; i < e->d_; ++i) wide[i] = widen(x[i]);
-      rescore(row, wide.data());
-    }
-  }
-
-  void finish_chunk(int64_t row) {
-    if (f.count[row] == 0) return;
-    prune(row);
-    rescore_row(row);
+    if (filter->f.count[row] + step > capacity) filter->flush(row);
+    filter->f.limit[row] = static_cast<int32_t>(std::min(capacity, filter->f.count[row] + step));
   }
 };
+
+// Rescores what waits, in chunks of latents that the caches hold: a row of W serves all rows of x
+// that want it while it is near.
+template <class In>
+void Encoder<In>::rescore_all(Filter& filter, int64_t n, int64_t n_latents) const {
+  FilterRows& f = filter.f;
+  const int64_t chunk =
+      std::max<int64_t>(256, kRescoreBytes / (d_ * static_cast<int64_t>(sizeof(In))));
+  Buffer<int32_t> done(n);
+  for (int64_t c = 0; c < n_latents; c += chunk) {
+    parallel_ranges(n, chunk * d_, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (c == 0) {
+          filter.prune(row);
+          done[row] = 0;
+        }
+        const int32_t* index = f.index + row * f.stride;
+        const int32_t from = done[row];
+        int32_t to = from;
+        while (to < f.count[row] && index[to] < c + chunk) ++to;
+        done[row] = to;
+        filter.rescore(row, from, to);
+      }
+    });
+  }
+}
 
 template <class In>
 void Encoder<In>::run_filter(int64_t r, int64_t n) {
@@ -100,8 +100,9 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     const int64_t panels = (n + mr - 1) / mr, pairs = (d_ + 1) / 2;
     Buffer<uint32_t> a(panels * mr * pairs);
     Buffer<float> err_w(n), err_dw(n), threshold(n);
-    Buffer<int32_t> pending_count(n);
-    Buffer<Pending> pending(n * pending_capacity());
+    const int64_t stride = pending_stride();
+    Buffer<int32_t> count(n), limit(n), index(n * stride);
+    Buffer<float> lower(n * stride), upper(n * stride);
     std::vector<RowState> states(1);
     init_rows(states[0], n);
     pack_rows_bf16(r, n, mr, a.get(), err_w.get(), err_dw.get());
@@ -115,14 +116,15 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
       err_w[i] = static_cast<float>((residual + g * norm) * (1 + 0x1p-20));
       err_dw[i] = static_cast<float>(norm * (1 + 0x1p-20));
       threshold[i] = -std::numeric_limits<float>::infinity();
-      pending_count[i] = 0;
+      count[i] = 0;
+      limit[i] = static_cast<int32_t>(std::min(pending_capacity(), 2 * std::max<int64_t>(k_, 32)));
     }
     Filter filter{};
     filter.e = this;
     filter.r = r;
     filter.rows = &states[0].rows;
-    filter.f = {pending.get(), pending_count.get(), threshold.get(), err_w.get(), err_dw.get(),
-                pending_capacity(), &filter, &Filter::full};
+    filter.f = {lower.get(), upper.get(), index.get(), count.get(), limit.get(), threshold.get(),
+                err_w.get(), err_dw.get(), stride, &filter, &Filter::full};
 
     const int64_t chunk = chunk_latents(true, cols, kChunkBytes);
     Buffer<uint32_t> packed(chunk * pairs);
@@ -137,22 +139,26 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
       parallel_for(0, (next - c + cols - 1) / cols, 2, [&](int64_t begin, int64_t end) {
         pack_filter(c, next, begin, end, packed.get(), fc);
       });
-      const int64_t before = filter.rescored.load();
-      parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      std::atomic<int64_t> waiting{0};
+      parallel_ranges(panels, mr * (next - c) * d_, [&](int64_t begin, int64_t end) {
         FilterJob job{};
         job.depth = pairs, job.mr = mr, job.panel_begin = begin, job.panel_end = end;
         job.n_rows = n, job.a = a.get(), job.b = packed.get(), job.n_cols = next - c;
         job.first = c, job.cols = fc, job.rows = &filter.f;
         job.block = std::max<int64_t>(1, kBlockBytes / (cols * pairs * 4));
         kernels_.scan_filter(job);
-        for (int64_t row = begin * mr; row < std::min(n, end * mr); ++row) filter.finish_chunk(row);
+        int64_t total = 0;
+        for (int64_t row = begin * mr; row < std::min(n, end * mr); ++row) total += count[row];
+        waiting += total;
       });
-      const int64_t rescored = filter.rescored.load() - before - (c == 0 ? 4 * n * k_ : 0);
-      if (next < f_ && static_cast<double>(rescored) > kRescoreLimit * static_cast<double>(n * (next - c))) {
+      const double share = static_cast<double>(filter.rescored + waiting - 4 * n * k_) /
+                           static_cast<double>(n * next);
+      if (next < f_ && share > kRescoreLimit) {
         g_stats[0] = 3;
         break;
       }
     }
+    rescore_all(filter, n, next);
     g_stats[3] += filter.rescored.load();
     if (next >= f_) {
       parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
@@ -174,19 +180,16 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     Buffer<A> plain_a((n + plain_mr - 1) / plain_mr * plain_mr * d_);
     pack_rows(r, n, plain_mr, plain_a.get());
     parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> list(capacity_);
       std::vector<A> scores(capacity_);
       for (int64_t row = begin; row < end; ++row) {
         Rows<A>& rows = states[0].rows;
         const int64_t m = rows.count[row];
-        Key* keys = rows.keys + row * capacity_;
-        for (int64_t i = 0; i < m; ++i) list[i] = key_index<A>(keys[i]);
-        plain_scores(plain_a.get(), row, plain_mr, list.data(), m, scores.data());
-        for (int64_t i = 0; i < m; ++i) {
-          keys[i] = make_key<A>(rank_of(scores[i], list[i]), list[i]);
-        }
+        A* rank = rows.rank + row * rows.stride;
+        const int32_t* list = rows.index + row * rows.stride;
+        plain_scores(plain_a.get(), row, plain_mr, list, m, scores.data());
+        for (int64_t i = 0; i < m; ++i) rank[i] = rank_of(scores[i], list[i]);
         rows.threshold[row] = std::numeric_limits<A>::quiet_NaN();
-        rows.shrink(row);
+        rows.shrink(rows, row);
       }
     });
     plain_chunks(plain_a.get(), n, plain_mr, next, &states[0].rows);
