@@ -61,6 +61,7 @@ lib.define("_cpu_level() -> str")
 lib.define("_cpu_levels() -> str")
 lib.define("_set_cpu_level(str level) -> ()")
 lib.define("_topk_encode_stats() -> Tensor")
+lib.define("_topk_encode_bounds(Tensor x, Tensor W_enc, Tensor b_enc) -> (Tensor, Tensor, Tensor)")
 
 
 def _load_cpu() -> str | None:

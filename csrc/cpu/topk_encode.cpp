@@ -144,6 +144,8 @@ class Encoder {
   void run() {
     const char* force = std::getenv("FASTSAE_TOPK_ENCODE_PATH");
     const std::string path = force ? force : "";
+    STD_TORCH_CHECK(path.empty() || path == "dot" || path == "plain" || path == "filter", kOp,
+                    ": FASTSAE_TOPK_ENCODE_PATH must be dot, plain or filter, got ", path);
     constexpr bool exact16 = std::is_same<In, bf16>::value;
     const bool packs = kMaxCols * round_up(d_, 2) * int64_t(sizeof(A)) <= (8 << 20);
     const bool can_filter = kernels_.scan_filter && !exact16 && packs;
@@ -172,6 +174,8 @@ class Encoder {
       }
     }
   }
+
+  void bounds(float* lower, float* upper, float* exact);
 
  private:
   // Bias and scale as A, for the whole of F.
@@ -523,6 +527,7 @@ class Encoder {
 
   struct Filter;
   void run_filter(int64_t r, int64_t n);
+  void row_errors(int64_t n, float* err_w, float* err_dw) const;
   void rescore_all(Filter& filter, int64_t n, int64_t n_latents) const;
 
   Kernels<A, In> kernels_;
@@ -568,6 +573,22 @@ std::tuple<Tensor, Tensor> topk_encode_cpu(const Tensor& x, const Tensor& W_enc,
   return {values, indices};
 }
 
+// lower, upper [N, F]: the filter's bounds; exact [N, F]: the fp32 scores they must enclose.
+std::tuple<Tensor, Tensor, Tensor> topk_encode_bounds(const Tensor& x, const Tensor& W_enc,
+                                                      const Tensor& b_enc) {
+  const int64_t N = x.size(0), D = x.size(1), F = W_enc.size(0);
+  check_tensor(kOp, "x", x, {N, D}, ScalarType::Float);
+  check_tensor(kOp, "W_enc", W_enc, {F, D}, ScalarType::Float);
+  check_tensor(kOp, "b_enc", b_enc, {F}, ScalarType::Float);
+  STD_TORCH_CHECK(cpu_level() == CpuLevel::kAvx512Bf16, kOp, ": bounds need bf16 products");
+  Tensor lower = torch::stable::new_empty(x, {N, F}), upper = torch::stable::new_empty(x, {N, F});
+  Tensor exact = torch::stable::new_empty(x, {N, F});
+  Encoder<float>(cpu_level(), data<float>(x), data<float>(W_enc), data<float>(b_enc), nullptr, N, D,
+                 F, 1, false, nullptr, nullptr)
+      .bounds(mutable_data<float>(lower), mutable_data<float>(upper), mutable_data<float>(exact));
+  return {lower, upper, exact};
+}
+
 Tensor topk_encode_stats() {
   Tensor out = torch::stable::empty({4}, ScalarType::Long);
   for (int i = 0; i < 4; ++i) mutable_data<int64_t>(out)[i] = g_stats[i];
@@ -579,6 +600,7 @@ Tensor topk_encode_stats() {
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
   m.impl("topk_encode_cpu", TORCH_BOX(&fastsae::topk_encode_cpu));
+  m.impl("_topk_encode_bounds", TORCH_BOX(&fastsae::topk_encode_bounds));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CompositeExplicitAutograd, m) {
   m.impl("_topk_encode_stats", TORCH_BOX(&fastsae::topk_encode_stats));

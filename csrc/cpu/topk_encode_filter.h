@@ -67,6 +67,21 @@ struct Encoder<In>::Filter {
   }
 };
 
+// Sums of squares of rows and of their residuals to the factors of |w| and |w - w^| in the bound.
+template <class In>
+void Encoder<In>::row_errors(int64_t n, float* err_w, float* err_dw) const {
+  // Rounding of the two sums per |x| |w|: at most two roundings per pair of products (2^-23 each,
+  // whichever way the instruction rounds), D/16 + 8 in fp32 lanes, and a few in the bound itself.
+  const double g = static_cast<double>(round_up(d_, 2)) * 0x1p-23 +
+                   static_cast<double>(d_ / 16 + 32) * 0x1p-23;
+  for (int64_t i = 0; i < n; ++i) {
+    const double residual = norm_above(err_dw[i], d_);
+    const double norm = norm_above(err_w[i], d_) + residual;  // bounds |x| and |x^|
+    err_w[i] = static_cast<float>((residual + g * norm) * (1 + 0x1p-20));
+    err_dw[i] = static_cast<float>(norm * (1 + 0x1p-20));
+  }
+}
+
 // Rescores what waits, in chunks of latents that the caches hold: a row of W serves all rows of x
 // that want it while it is near.
 template <class In>
@@ -106,15 +121,8 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     std::vector<RowState> states(1);
     init_rows(states[0], n);
     pack_rows_bf16(r, n, mr, a.get(), err_w.get(), err_dw.get());
-    // Rounding of the two sums per |x| |w|: at most two roundings per pair of products (2^-23 each,
-    // whichever way the instruction rounds), D/16 + 8 in fp32 lanes, and a few in the bound itself.
-    const double g = static_cast<double>(2 * pairs) * 0x1p-23 +
-                     static_cast<double>(d_ / 16 + 32) * 0x1p-23;
+    row_errors(n, err_w.get(), err_dw.get());
     for (int64_t i = 0; i < n; ++i) {
-      const double residual = norm_above(err_dw[i], d_);
-      const double norm = norm_above(err_w[i], d_) + residual;  // bounds |x| and |x^|
-      err_w[i] = static_cast<float>((residual + g * norm) * (1 + 0x1p-20));
-      err_dw[i] = static_cast<float>(norm * (1 + 0x1p-20));
       threshold[i] = -std::numeric_limits<float>::infinity();
       count[i] = 0;
       limit[i] = static_cast<int32_t>(std::min(pending_capacity(), 2 * std::max<int64_t>(k_, 32)));
@@ -196,5 +204,43 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     write_plain(states, plain_a.get(), plain_mr, r, n);
   } else {
     (void)r, (void)n;
+  }
+}
+
+// Both bounds and the fp32 score of every pair [N, F], for the test of the proof.
+template <class In>
+void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
+  if constexpr (std::is_same<In, float>::value) {
+    const int mr = panel_rows(n_, kernels_.bf16_max_rows), cols = kernels_.bf16_cols;
+    const int64_t panels = (n_ + mr - 1) / mr, pairs = (d_ + 1) / 2, stride = f_ + 2 * kSlack;
+    const int64_t chunk = round_up(f_, cols);
+    Buffer<uint32_t> a(panels * mr * pairs), packed(chunk * pairs);
+    Buffer<float> err_w(n_), err_dw(n_), threshold(n_), lo(n_ * stride), up(n_ * stride);
+    Buffer<int32_t> index(n_ * stride), count(n_), limit(n_);
+    Buffer<float> store(5 * chunk);
+    float* c0 = store.get();
+    const FilterCols fc{c0, c0 + chunk, c0 + 2 * chunk, c0 + 3 * chunk, c0 + 4 * chunk};
+    pack_rows_bf16(0, n_, mr, a.get(), err_w.get(), err_dw.get());
+    row_errors(n_, err_w.get(), err_dw.get());
+    pack_filter(0, f_, 0, chunk / cols, packed.get(), fc);
+    std::fill_n(threshold.get(), n_, -std::numeric_limits<float>::infinity());
+    std::fill_n(count.get(), n_, 0);
+    std::fill_n(limit.get(), n_, std::numeric_limits<int32_t>::max());
+    FilterRows rows{lo.get(), up.get(), index.get(), count.get(), limit.get(), threshold.get(),
+                    err_w.get(), err_dw.get(), stride, nullptr, nullptr};
+    FilterJob job{pairs, mr, 0, panels, n_, a.get(), packed.get(), f_, 0, 4, fc, &rows};
+    kernels_.scan_filter(job);
+    const In* w[1];
+    for (int64_t i = 0; i < n_; ++i) {
+      std::copy_n(lo.get() + i * stride, f_, lower + i * f_);
+      std::copy_n(up.get() + i * stride, f_, upper + i * f_);
+      for (int64_t j = 0; j < f_; ++j) {
+        w[0] = w_ + j * d_;
+        kernels_.dots(x_ + i * d_, w, 1, d_, exact + i * f_ + j);
+        exact[i * f_ + j] = rank_of(exact[i * f_ + j], j);
+      }
+    }
+  } else {
+    (void)lower, (void)upper, (void)exact;
   }
 }
