@@ -140,9 +140,7 @@ def contenders(
 
     def add(name: str, make: Callable[[], peers.Step]) -> None:
         for library, label in (("onednn", "oneDNN"), ("default", "default")):
-            result.append(
-                h.Contender(f"{name}, {label}", lazy(make), peer_check(n, k), library, every=2)
-            )
+            result.append(h.Contender(f"{name}, {label}", lazy(make), peer_check(n, k), library))
 
     add("dense PyTorch", lambda: peers.eager_step(d, f, k, fused_adam=False))
     add("dense PyTorch, fused Adam", lambda: peers.eager_step(d, f, k))

@@ -223,7 +223,8 @@ class TopKSAE(nn.Module):
         if x.shape[-1:] != self.b_dec.shape:
             raise ValueError(f"TopKSAE: x must be [..., {self.d_in}], got {list(x.shape)}")
         x = x.to(self.W_enc.dtype)
-        return x - self.b_dec if self.apply_b_dec_to_input else x
+        # not x - b_dec: the same to the bit, but its backward negates a [N, D] gradient first
+        return x + (-self.b_dec) if self.apply_b_dec_to_input else x
 
     def _rank_scale(self) -> torch.Tensor | None:
         return self.W_dec.detach().norm(dim=1) if self.rank_by_decoder_norm else None
