@@ -10,23 +10,27 @@ autograd and torch.optim.Adam, as the reference that says what the text allows.
 
     python benchmarks/quality_minilm.py --cache DIR [--latents 3072 6144] [--method fastsae plain]
 
-Appends runs to benchmarks/results/cpu/quality_minilm.json.
+Keeps the runs in benchmarks/results/cpu/quality_minilm.json; make_tables.py makes the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
-import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from minilm_activations import load
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _harness import header, machine
+from minilm_activations import load
 
 from fastsae.nn import TopKSAE
 from fastsae.train.trainer import TrainConfig, Trainer, fvu, shuffled
@@ -133,15 +137,20 @@ def show(record: object) -> None:
         print(f"  {record}", flush=True)
 
 
-def commit() -> str:
-    try:
-        out = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return out.stdout.strip()
+def keep(path: Path, row: dict[str, object]) -> None:
+    """Adds a run to the file, in place of one of the same method, size, seed and settings."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+
+    def key(r: dict[str, object]) -> tuple[str, ...]:
+        names = ("method", "F", "K", "seed", "directions", "config")
+        return tuple(json.dumps(r.get(n), sort_keys=True) for n in names)
+
+    row = json.loads(json.dumps(row))
+    rows = [r for r in rows if key(r) != key(row)] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("[\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n]\n")
+    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -159,29 +168,23 @@ def main() -> None:
     parser.add_argument("--aux", type=float, default=TrainConfig(1).aux_coefficient)
     parser.add_argument("--k-aux", type=int, default=TrainConfig(1).k_aux)
     parser.add_argument("--dead-after", type=int, default=200_000)
+    parser.add_argument("--onednn", action="store_true", help="dense products through oneDNN")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("medium" if args.onednn else "highest")
     train, held_out = load(args.cache)
     config = TrainConfig(
         args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2),
         aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
     )  # fmt: skip
-    print(
-        f"# {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, commit {commit()}"
-    )
-    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    print(header(), flush=True)
     for method in args.method:
         for f in args.latents:
             new = []
             for seed in args.seeds:
                 new.append(run(method, f, seed, train, held_out, config, args.directions))
-                new[-1] |= {"commit": commit(), "torch": torch.__version__}
-                runs.append(new[-1])
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-                shown = {k: v for k, v in new[-1].items() if k not in ("config", "torch")}
-                print(json.dumps(shown), flush=True)
+                print(json.dumps({k: v for k, v in new[-1].items() if k != "config"}), flush=True)
+                keep(args.out, machine() | new[-1])
             mean = statistics.mean(float(r["fvu"]) for r in new)
             dead = statistics.mean(float(r["dead_fraction"]) for r in new)
             print(
