@@ -69,8 +69,9 @@ class FusedAdam(torch.optim.Optimizer):
     Moments are fp32 (fp64 for fp64) also for bf16 and fp16 parameters. `state_dict()` has the
     layout of `torch.optim.Adam`, and either loads the other's. The newest optimizer owns a
     parameter; stepping an older one raises. When it is collected, or on `release()`, parameters get
-    ordinary gradients again. `clip_grad_norm_` and `GradScaler` see only `p.grad`: the first does
-    not clip recorded factors, the second is refused.
+    ordinary gradients again. What works on gradients before the optimizer does not see recorded
+    factors: `clip_grad_norm_` leaves them as they are, hooks on an owned weight do not run,
+    `torch.autograd.grad` refuses it as unused, and a `GradScaler` is refused by `step()`.
 
     Raises:
         ValueError, TypeError: an option or parameter does not fit.
