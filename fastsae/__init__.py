@@ -5,9 +5,9 @@ consume gradients in factored form. `fastsae.use_backend`, `fastsae.explain` and
 choose and show backends.
 """
 
+from . import nn, ops, optim
 from ._dispatch import explain, use_backend
 from ._version import __version__
 from .info import info
-from . import nn, ops, optim  # isort: skip
 
 __all__ = ["__version__", "explain", "info", "nn", "ops", "optim", "use_backend"]

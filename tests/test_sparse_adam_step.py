@@ -94,7 +94,7 @@ def test_lazy_leaves_other_rows_alone(backend):
     dense = start.clone()
     lazy_steps = steps(param, 10, 3, 3, torch.float32, lazy=True, unit_norm=True)
     seen = torch.zeros(300, dtype=torch.bool)
-    for t, (_, indices, _, m, v) in enumerate(lazy_steps):
+    for t, (_, indices, _, m, v) in enumerate(lazy_steps):  # noqa: B007 (m, v: after the loop)
         seen[indices.long().flatten().cpu()] = True
         if t == 0:  # the first step of touched rows is the dense one
             next(steps(dense, 10, 3, 1, torch.float32, unit_norm=True))

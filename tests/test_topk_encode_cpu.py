@@ -16,7 +16,7 @@ from fastsae import _library
 pytestmark = pytest.mark.skipif(
     _library.CPU_MISSING is not None, reason=str(_library.CPU_MISSING).split(":")[0]
 )
-LEVELS = "portable avx2 avx512 avx512_bf16".split()
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PATHS = ["dot", "plain", "filter"]  # 0, 1, 2 of the statistics; 3: filter, then plain
 
@@ -149,7 +149,9 @@ def test_nan_and_inf(level, path, dtype):
     k = 10
     values, indices, _ = encode(x, W, b, k, path)
     index = indices.long()
-    assert (index.sort(1).values.diff(dim=1) > 0).all() and (index >= 0).all() and (index < 900).all()
+    assert (
+        (index.sort(1).values.diff(dim=1) > 0).all() and (index >= 0).all() and (index < 900).all()
+    )
     clean = [n for n in range(80) if n not in (4, 5, 6)]
     assert (index[clean, :2] == torch.tensor([17, 801])).all()
     assert values[clean, :2].isnan().all() and not values[clean, 2:].isnan().any()
@@ -162,7 +164,7 @@ def test_nan_and_inf(level, path, dtype):
     plain[rest] = False
     keep = plain.nonzero()[:, 0]
     tail = k - 5  # what the special latents leave
-    v, i, _ = encode(x[clean], W[keep].contiguous(), b[keep].contiguous(), k, path)
+    _, i, _ = encode(x[clean], W[keep].contiguous(), b[keep].contiguous(), k, path)
     for r in range(len(clean)):
         got = index[clean[r]][~torch.isin(index[clean[r]], torch.tensor(rest))]
         assert got[:tail].tolist() == keep[i[r, :tail].long()].tolist()

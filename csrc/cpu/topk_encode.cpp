@@ -31,13 +31,13 @@ using namespace topk;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "topk_encode";
-constexpr int64_t kChunkBytes = 4 << 20;   // packed latents of one chunk
+constexpr int64_t kChunkBytes = 4 << 20;    // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
 constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
-constexpr int64_t kRowBytes = 28 << 20;    // everything that is kept per row of a super-block
-constexpr int64_t kDotRows = 6;            // up to here packing W costs more than it saves
-constexpr int64_t kFilterRows = 64;        // from here the filter's packing pays
-constexpr double kRescoreLimit = 0.08;     // share of rescored pairs beyond which the filter loses
+constexpr int64_t kRowBytes = 28 << 20;     // everything that is kept per row of a super-block
+constexpr int64_t kDotRows = 6;             // up to here packing W costs more than it saves
+constexpr int64_t kFilterRows = 64;         // from here the filter's packing pays
+constexpr double kRescoreLimit = 0.08;      // share of rescored pairs beyond which the filter loses
 
 // Last call: [path (0 dot, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored pairs].
 std::atomic<int64_t> g_stats[4];
@@ -80,8 +80,9 @@ int panel_rows(int64_t n, int widest) {
 // overflow later becomes inf. The constant covers squares that underflowed.
 inline float norm_above(float square, int64_t terms) {
   const double rounding = 1.0 + static_cast<double>(terms / 16 + 32) * 0x1p-23;
-  const double norm = std::sqrt(static_cast<double>(square) * rounding +
-                                static_cast<double>(terms) * 0x1p-125) * (1 + 0x1p-22);
+  const double norm =
+      std::sqrt(static_cast<double>(square) * rounding + static_cast<double>(terms) * 0x1p-125) *
+      (1 + 0x1p-22);
   return norm <= 0x1p40 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
 }
 
@@ -132,8 +133,16 @@ class Encoder {
 
   Encoder(CpuLevel level, const In* x, const In* w, const In* bias, const In* scale, int64_t n,
           int64_t d, int64_t f, int64_t k, bool relu, In* values, int32_t* indices)
-      : kernels_(kernels_at<In>(level)), x_(x), w_(w), n_(n), d_(d), f_(f), k_(k), relu_(relu),
-        values_(values), indices_(indices) {
+      : kernels_(kernels_at<In>(level)),
+        x_(x),
+        w_(w),
+        n_(n),
+        d_(d),
+        f_(f),
+        k_(k),
+        relu_(relu),
+        values_(values),
+        indices_(indices) {
     bias_ = widened(bias, bias_store_, f);
     scale_ = widened(scale, scale_store_, f);
     threads_ = std::max<int64_t>(1, torch::stable::get_num_threads());
@@ -192,7 +201,9 @@ class Encoder {
   }
 
   // Candidates of a row that wait for rescoring; with what is known they must fit kSelect.
-  int64_t pending_capacity() const { return std::min<int64_t>(6 * k_ + 192, kSelect - capacity_ - 64); }
+  int64_t pending_capacity() const {
+    return std::min<int64_t>(6 * k_ + 192, kSelect - capacity_ - 64);
+  }
   int64_t pending_stride() const { return pending_capacity() + 2 * kSlack; }
 
   struct RowState {
@@ -212,8 +223,14 @@ class Encoder {
     std::fill_n(s.threshold.get(), n, std::numeric_limits<A>::quiet_NaN());
     std::fill_n(s.count.get(), n, 0);
     const bool small = kernels_.shrink && capacity_ + kSlack <= kSelect;
-    s.rows = {s.rank.get(), s.index.get(), s.threshold.get(), s.count.get(), capacity_, stride,
-              k_, small ? kernels_.shrink : shrink_any<A>};
+    s.rows = {s.rank.get(),
+              s.index.get(),
+              s.threshold.get(),
+              s.count.get(),
+              capacity_,
+              stride,
+              k_,
+              small ? kernels_.shrink : shrink_any<A>};
   }
 
   // Rows r.. of x as [panels][D][mr], zero past n.
@@ -400,16 +417,17 @@ class Encoder {
     const int64_t per = round_up((f_ + groups - 1) / groups, kMaxCols);
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
-        DotJob<A, In> job{d_, n, std::min(f_, g * per), std::min(f_, (g + 1) * per), x, w_,
+        DotJob<A, In> job{d_,    n,      std::min(f_, g * per), std::min(f_, (g + 1) * per), x, w_,
                           bias_, scale_, &states[g].rows};
         kernels_.scan_dot(job);
       }
     });
     for (int64_t row = 0; row < n; ++row) {
       merge(states, row);
-      write_row(states[0].rows, row, r + row, [&](int64_t i, const int32_t* list, int64_t m, A* out) {
-        dot_scores(x + i * d_, list, m, out);
-      });
+      write_row(states[0].rows, row, r + row,
+                [&](int64_t i, const int32_t* list, int64_t m, A* out) {
+                  dot_scores(x + i * d_, list, m, out);
+                });
     }
   }
 

@@ -95,17 +95,17 @@ constexpr int64_t kSelect = 4096;
 // Scores of packed row panels against packed latent panels, appended to `rows`.
 template <class T>
 struct PlainJob {
-  int64_t depth;                 // D, or pairs of D for bf16 products
-  int mr;                        // rows of one panel of A
+  int64_t depth;                   // D, or pairs of D for bf16 products
+  int mr;                          // rows of one panel of A
   int64_t panel_begin, panel_end;  // row panels
-  int64_t n_rows;                // valid rows of A
-  const void* a;                 // [panels][depth][mr]
-  const void* b;                 // [latent panels][depth][nr]
-  int64_t n_cols;                // valid latents of b
-  int64_t first;                 // index of the first latent of b
-  int64_t block;                 // latent panels that fit in L2 beside a row panel
-  const T* bias;                 // [F] or null
-  const T* scale;                // [F] or null
+  int64_t n_rows;                  // valid rows of A
+  const void* a;                   // [panels][depth][mr]
+  const void* b;                   // [latent panels][depth][nr]
+  int64_t n_cols;                  // valid latents of b
+  int64_t first;                   // index of the first latent of b
+  int64_t block;                   // latent panels that fit in L2 beside a row panel
+  const T* bias;                   // [F] or null
+  const T* scale;                  // [F] or null
   Rows<T>* rows;
 };
 

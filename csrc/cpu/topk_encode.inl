@@ -46,9 +46,8 @@ inline void append_index(int64_t first, __mmask16 mask, int32_t* out) {
 // Unsigned integers in the order of the floats: NaN first, -0 equal to +0.
 inline __m512i order16(__m512 v) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
-  const __m512i bits =
-      _mm512_mask_set1_epi32(_mm512_castps_si512(v),
-                             _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ), 0);
+  const __m512i bits = _mm512_mask_set1_epi32(
+      _mm512_castps_si512(v), _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ), 0);
   const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign);
   return _mm512_mask_set1_epi32(_mm512_xor_si512(bits, flip),
                                 _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), -1);
@@ -74,8 +73,8 @@ static uint32_t kth_largest(const uint32_t* v, int64_t n, int64_t k, int64_t* ab
       const __m512i c = _mm512_set1_epi32(static_cast<int>(candidate));
       int64_t count = 0;
       for (int64_t i = 0; i < n; i += 16) {
-        count += __builtin_popcount(_mm512_cmp_epu32_mask(_mm512_load_si512(v + i), c,
-                                                          _MM_CMPINT_NLT));
+        count +=
+            __builtin_popcount(_mm512_cmp_epu32_mask(_mm512_load_si512(v + i), c, _MM_CMPINT_NLT));
       }
       if (count < k) continue;
       prefix = candidate;
@@ -93,8 +92,8 @@ static uint32_t kth_largest(const uint32_t* v, int64_t n, int64_t k, int64_t* ab
   int64_t count = 0;
   const __m512i kth = _mm512_set1_epi32(static_cast<int>(prefix));
   for (int64_t i = 0; i < n; i += 16) {
-    count += __builtin_popcount(_mm512_cmp_epu32_mask(_mm512_load_si512(v + i), kth,
-                                                      _MM_CMPINT_NLE));
+    count +=
+        __builtin_popcount(_mm512_cmp_epu32_mask(_mm512_load_si512(v + i), kth, _MM_CMPINT_NLE));
   }
   *above = count;
   return prefix;
@@ -111,8 +110,8 @@ static void shrink(Rows<float>& rows, int64_t row) {
   int32_t* index = rows.index + row * rows.stride;
   alignas(64) uint32_t order[kSelect + 16];
   for (int64_t i = 0; i < n; i += 16) {
-    _mm512_store_si512(order + i, _mm512_maskz_mov_epi32(first_lanes(n - i),
-                                                         order16(_mm512_loadu_ps(rank + i))));
+    _mm512_store_si512(
+        order + i, _mm512_maskz_mov_epi32(first_lanes(n - i), order16(_mm512_loadu_ps(rank + i))));
   }
   int64_t above = 0;
   const uint32_t kth = kth_largest(order, n, k, &above);
@@ -169,8 +168,7 @@ static inline void transpose16(__m512i* r) {
 
 // C [MR, NR] = A panel [depth][MR] x B panel [depth][NR]; every pair sums in order of depth.
 template <class A, int MR, int NV>
-static void tile(int64_t depth, const A* a, const A* b,
-                 A* c) {
+static void tile(int64_t depth, const A* a, const A* b, A* c) {
   using V = Vec<A>;
   V acc[MR][NV];
 #pragma GCC unroll 16
@@ -198,9 +196,8 @@ static void tile(int64_t depth, const A* a, const A* b,
 
 // Appends what beats the row's threshold. c [rows, NR]; `bias`, `scale` at the panel's latents.
 template <class A, int NV>
-static void emit(const A* c, int64_t row, int n_rows, int n_cols, int64_t first,
-                 const A* bias, const A* scale,
-                 Rows<A>* rows) {
+static void emit(const A* c, int64_t row, int n_rows, int n_cols, int64_t first, const A* bias,
+                 const A* scale, Rows<A>* rows) {
   using V = Vec<A>;
   constexpr int kW = V::kLanes;
   A padded[2][NV * kW];
@@ -252,17 +249,24 @@ static void emit(const A* c, int64_t row, int n_rows, int n_cols, int64_t first,
 }
 
 template <class A, int NV>
-static void tile_rows(int mr, int64_t depth, const A* a, const A* b,
-                      A* c) {
+static void tile_rows(int mr, int64_t depth, const A* a, const A* b, A* c) {
   switch (mr) {
-    case 1: return tile<A, 1, NV>(depth, a, b, c);
-    case 2: return tile<A, 2, NV>(depth, a, b, c);
-    case 4: return tile<A, 4, NV>(depth, a, b, c);
-    case 6: return tile<A, 6, NV>(depth, a, b, c);
-    case 8: return tile<A, 8, NV>(depth, a, b, c);
-    case 10: return tile<A, 10, NV>(depth, a, b, c);
-    case 12: return tile<A, 12, NV>(depth, a, b, c);
-    default: return tile<A, 14, NV>(depth, a, b, c);
+    case 1:
+      return tile<A, 1, NV>(depth, a, b, c);
+    case 2:
+      return tile<A, 2, NV>(depth, a, b, c);
+    case 4:
+      return tile<A, 4, NV>(depth, a, b, c);
+    case 6:
+      return tile<A, 6, NV>(depth, a, b, c);
+    case 8:
+      return tile<A, 8, NV>(depth, a, b, c);
+    case 10:
+      return tile<A, 10, NV>(depth, a, b, c);
+    case 12:
+      return tile<A, 12, NV>(depth, a, b, c);
+    default:
+      return tile<A, 14, NV>(depth, a, b, c);
   }
 }
 
@@ -279,8 +283,8 @@ static void scan(const PlainJob<A>& job) {
       const int64_t row = p * job.mr;
       const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
       for (int64_t q = block; q < block_end; ++q) {
-        tile_rows<A, NV>(job.mr, job.depth, a,
-                         static_cast<const A*>(job.b) + q * kCols * job.depth, c);
+        tile_rows<A, NV>(job.mr, job.depth, a, static_cast<const A*>(job.b) + q * kCols * job.depth,
+                         c);
         const int64_t col = q * kCols;
         const int n_cols = static_cast<int>(job.n_cols - col < kCols ? job.n_cols - col : kCols);
         const int64_t first = job.first + col;
@@ -332,8 +336,7 @@ static void pack(const In* const* rows, int64_t d, A* out) {
 // R rows of x against L latents. One accumulator per pair, so the order of summation of a pair
 // depends on neither R, L nor its place.
 template <class A, class In, int R, int L>
-static void dot_block(const A* const* x, const In* const* w, int64_t d,
-                      A* out, int64_t stride) {
+static void dot_block(const A* const* x, const In* const* w, int64_t d, A* out, int64_t stride) {
   using V = Vec<A>;
   constexpr int kW = V::kLanes;
   V acc[R][L];
@@ -369,8 +372,7 @@ static void dot_block(const A* const* x, const In* const* w, int64_t d,
 }
 
 template <class A, class In>
-static void dots(const A* x, const In* const* rows, int64_t n, int64_t d,
-                 A* out) {
+static void dots(const A* x, const In* const* rows, int64_t n, int64_t d, A* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) dot_block<A, In, 1, 8>(&x, rows + i, d, out + i, 0);
   for (; i + 4 <= n; i += 4) dot_block<A, In, 1, 4>(&x, rows + i, d, out + i, 0);
@@ -392,10 +394,18 @@ static void scan_dot(const DotJob<A, In>& job) {
         const In* w[4];  // past the end: repeats the last latent, not emitted
         for (int i = 0; i < 4; ++i) w[i] = job.w + (j + (l + i < n ? l + i : n - 1)) * job.d;
         switch (n_rows) {
-          case 1: dot_block<A, In, 1, 4>(x, w, job.d, c + l, kCols); break;
-          case 2: dot_block<A, In, 2, 4>(x, w, job.d, c + l, kCols); break;
-          case 3: dot_block<A, In, 3, 4>(x, w, job.d, c + l, kCols); break;
-          default: dot_block<A, In, 4, 4>(x, w, job.d, c + l, kCols); break;
+          case 1:
+            dot_block<A, In, 1, 4>(x, w, job.d, c + l, kCols);
+            break;
+          case 2:
+            dot_block<A, In, 2, 4>(x, w, job.d, c + l, kCols);
+            break;
+          case 3:
+            dot_block<A, In, 3, 4>(x, w, job.d, c + l, kCols);
+            break;
+          default:
+            dot_block<A, In, 4, 4>(x, w, job.d, c + l, kCols);
+            break;
         }
       }
       emit<A, NV>(c, r0, n_rows, n, j, job.bias ? job.bias + j : nullptr,

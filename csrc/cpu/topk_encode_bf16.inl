@@ -28,14 +28,22 @@ static void tile_bf16(int64_t pairs, const uint32_t* a, const uint32_t* b, float
 
 static void tile_rows_bf16(int mr, int64_t pairs, const uint32_t* a, const uint32_t* b, float* c) {
   switch (mr) {
-    case 1: return tile_bf16<1>(pairs, a, b, c);
-    case 2: return tile_bf16<2>(pairs, a, b, c);
-    case 4: return tile_bf16<4>(pairs, a, b, c);
-    case 6: return tile_bf16<6>(pairs, a, b, c);
-    case 8: return tile_bf16<8>(pairs, a, b, c);
-    case 10: return tile_bf16<10>(pairs, a, b, c);
-    case 12: return tile_bf16<12>(pairs, a, b, c);
-    default: return tile_bf16<14>(pairs, a, b, c);
+    case 1:
+      return tile_bf16<1>(pairs, a, b, c);
+    case 2:
+      return tile_bf16<2>(pairs, a, b, c);
+    case 4:
+      return tile_bf16<4>(pairs, a, b, c);
+    case 6:
+      return tile_bf16<6>(pairs, a, b, c);
+    case 8:
+      return tile_bf16<8>(pairs, a, b, c);
+    case 10:
+      return tile_bf16<10>(pairs, a, b, c);
+    case 12:
+      return tile_bf16<12>(pairs, a, b, c);
+    default:
+      return tile_bf16<14>(pairs, a, b, c);
   }
 }
 
@@ -135,8 +143,8 @@ static void scan_filter(const FilterJob& job) {
       for (int64_t q = block; q < block_end; ++q) {
         tile_rows_bf16(job.mr, job.depth, a, job.b + q * kBf16Cols * job.depth, c);
         const int64_t col = q * kBf16Cols;
-        const int n_cols = static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col
-                                                                         : kBf16Cols);
+        const int n_cols =
+            static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col : kBf16Cols);
         emit_filter(c, row, n_rows, n_cols, job.first + col, job.cols, col, job.rows);
       }
     }
@@ -156,11 +164,11 @@ static void scan_bf16(const PlainJob<float>& job) {
         tile_rows_bf16(job.mr, job.depth, a,
                        static_cast<const uint32_t*>(job.b) + q * kBf16Cols * job.depth, c);
         const int64_t col = q * kBf16Cols;
-        const int n_cols = static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col
-                                                                         : kBf16Cols);
+        const int n_cols =
+            static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col : kBf16Cols);
         const int64_t first = job.first + col;
         emit<float, 2>(c, row, n_rows, n_cols, first, job.bias ? job.bias + first : nullptr,
-                     job.scale ? job.scale + first : nullptr, job.rows);
+                       job.scale ? job.scale + first : nullptr, job.rows);
       }
     }
   }
@@ -182,7 +190,8 @@ static inline __m256i round_bf16(__m512 v, __m512* square, __m512* residual) {
   return h;
 }
 
-// 32 rows to bf16 pairs [pairs][32], with the sums of squares of the rows and of what rounding took.
+// 32 rows to bf16 pairs [pairs][32], with the sums of squares of the rows and of what rounding
+// took.
 template <class In>
 static void pack_bf16(const In* const* rows, int64_t d, uint32_t* out, float* square,
                       float* residual) {

@@ -72,8 +72,8 @@ template <class In>
 void Encoder<In>::row_errors(int64_t n, float* err_w, float* err_dw) const {
   // Rounding of the two sums per |x| |w|: at most two roundings per pair of products (2^-23 each,
   // whichever way the instruction rounds), D/16 + 8 in fp32 lanes, and a few in the bound itself.
-  const double g = static_cast<double>(round_up(d_, 2)) * 0x1p-23 +
-                   static_cast<double>(d_ / 16 + 32) * 0x1p-23;
+  const double g =
+      static_cast<double>(round_up(d_, 2)) * 0x1p-23 + static_cast<double>(d_ / 16 + 32) * 0x1p-23;
   for (int64_t i = 0; i < n; ++i) {
     const double residual = norm_above(err_dw[i], d_);
     const double norm = norm_above(err_w[i], d_) + residual;  // bounds |x| and |x^|
@@ -131,8 +131,8 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     filter.e = this;
     filter.r = r;
     filter.rows = &states[0].rows;
-    filter.f = {lower.get(), upper.get(), index.get(), count.get(), limit.get(), threshold.get(),
-                err_w.get(), err_dw.get(), stride, &filter, &Filter::full};
+    filter.f = {lower.get(), upper.get(),  index.get(), count.get(), limit.get(),  threshold.get(),
+                err_w.get(), err_dw.get(), stride,      &filter,     &Filter::full};
 
     const int64_t chunk = chunk_latents(true, cols, kChunkBytes);
     Buffer<uint32_t> packed(chunk * pairs);
@@ -226,8 +226,9 @@ void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
     std::fill_n(threshold.get(), n_, -std::numeric_limits<float>::infinity());
     std::fill_n(count.get(), n_, 0);
     std::fill_n(limit.get(), n_, std::numeric_limits<int32_t>::max());
-    FilterRows rows{lo.get(), up.get(), index.get(), count.get(), limit.get(), threshold.get(),
-                    err_w.get(), err_dw.get(), stride, nullptr, nullptr};
+    FilterRows rows{lo.get(),    up.get(),        index.get(), count.get(),
+                    limit.get(), threshold.get(), err_w.get(), err_dw.get(),
+                    stride,      nullptr,         nullptr};
     FilterJob job{pairs, mr, 0, panels, n_, a.get(), packed.get(), f_, 0, 4, fc, &rows};
     kernels_.scan_filter(job);
     const In* w[1];

@@ -47,10 +47,11 @@ def sparse_adam_step(
             they are (`torch.optim.SparseAdam`). Otherwise every row decays and moves, exactly as in
             `torch.optim.Adam` with a dense gradient that is zero there.
         unit_norm: remove from g_i its component along p_i before the moments, and scale every
-            updated row to norm 1 afterwards (a zero row stays zero). weight_decay pulls along p_i, so
-            it has no effect here.
+            updated row to norm 1 afterwards (a zero row stays zero). weight_decay pulls along p_i,
+            so it has no effect here.
 
-    Equal to `torch.optim.Adam` to rounding; repeatable bit for bit. One pass over param and moments.
+    Equal to `torch.optim.Adam` to rounding; repeatable bit for bit. One pass over param and
+    moments.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes, layout or hyperparameters do not fit.

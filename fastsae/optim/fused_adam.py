@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.optim.adam import adam as torch_adam
 
-from ..ops import _factors, sparse_adam_step, sparse_grad_weight
+from ..ops import _factors
 from ..ops._factors import Factor
+from ..ops.sparse_adam_step import sparse_adam_step
+from ..ops.sparse_grad_weight import sparse_grad_weight
 
 _UNIT_NORM = "_fastsae_unit_norm"
 
