@@ -3,22 +3,27 @@
 namespace fastsae {
 namespace FASTSAE_NS {
 
-// <a, b>.
-template <class S, class T>
-acc_t<T> dot(const S* a, const T* b, int64_t D) {
+// <p, p> and <g, p> in one pass.
+template <class T>
+void products(const T* p, const acc_t<T>* g, int64_t D, acc_t<T>* pp, acc_t<T>* gp) {
   using V = Vec<acc_t<T>>;
-  V even = V::zero(), odd = V::zero();
+  V p0 = V::zero(), p1 = V::zero(), g0 = V::zero(), g1 = V::zero();
   int64_t d = 0;
   for (; d + 2 * V::kLanes <= D; d += 2 * V::kLanes) {
-    even = V::fma(V::load(a + d), V::load(b + d), even);
-    odd = V::fma(V::load(a + d + V::kLanes), V::load(b + d + V::kLanes), odd);
+    const V a = V::load(p + d), b = V::load(p + d + V::kLanes);
+    p0 = V::fma(a, a, p0);
+    p1 = V::fma(b, b, p1);
+    g0 = V::fma(a, V::load(g + d), g0);
+    g1 = V::fma(b, V::load(g + d + V::kLanes), g1);
   }
   for (; d < D; d += V::kLanes) {
     const int n = static_cast<int>(D - d < V::kLanes ? D - d : V::kLanes);
-    even = n == V::kLanes ? V::fma(V::load(a + d), V::load(b + d), even)
-                          : V::fma(V::load_n(a + d, n), V::load_n(b + d, n), even);
+    const V a = V::load_n(p + d, n);
+    p0 = V::fma(a, a, p0);
+    g0 = V::fma(a, V::load_n(g + d, n), g0);
   }
-  return (even + odd).sum();
+  *pp = (p0 + p1).sum();
+  *gp = (g0 + g1).sum();
 }
 
 // One vector of Adam: the moments are stored, the new parameter returned.
@@ -45,19 +50,22 @@ struct AdamVec {
 
 // Adam on one row. grad: D accumulators, or null for a gradient of zero; `along` times the
 // parameter is added to it (weight decay, projection). The new row goes to `out`, which may be
-// param.
+// param; returned is its square.
 template <bool kGrad, class T, class Out>
-void adam_row(const AdamVec<acc_t<T>>& adam, const T* param, const acc_t<T>* grad, acc_t<T> along,
-              acc_t<T>* exp_avg, acc_t<T>* exp_avg_sq, int64_t D, Out* out) {
+acc_t<T> adam_row(const AdamVec<acc_t<T>>& adam, const T* param, const acc_t<T>* grad,
+                  acc_t<T> along, acc_t<T>* exp_avg, acc_t<T>* exp_avg_sq, int64_t D, Out* out) {
   using V = Vec<acc_t<T>>;
   const V a = V::set1(along);
+  V square = V::zero();
   int64_t d = 0;
   for (; d + V::kLanes <= D; d += V::kLanes) {
     const V p = V::load(param + d);
     V g = kGrad ? V::load(grad + d) : V::zero();
     if (along != 0) g = V::fma(a, p, g);
     V m = V::load(exp_avg + d), v = V::load(exp_avg_sq + d);
-    adam.update(p, g, m, v).store(out + d);
+    const V next = adam.update(p, g, m, v);
+    next.store(out + d);
+    square = V::fma(next, next, square);
     m.store(exp_avg + d);
     v.store(exp_avg_sq + d);
   }
@@ -67,27 +75,26 @@ void adam_row(const AdamVec<acc_t<T>>& adam, const T* param, const acc_t<T>* gra
     V g = kGrad ? V::load_n(grad + d, n) : V::zero();
     if (along != 0) g = V::fma(a, p, g);
     V m = V::load_n(exp_avg + d, n), v = V::load_n(exp_avg_sq + d, n);
-    adam.update(p, g, m, v).store_n(out + d, n);
+    const V next = adam.update(p, g, m, v);
+    next.store_n(out + d, n);
     m.store_n(exp_avg + d, n);
     v.store_n(exp_avg_sq + d, n);
+    // Lanes past the end hold 0 - step * 0 / (0 + eps): nothing, or NaN when eps is 0.
+    square = V::fma(V::load_n(out + d, n), V::load_n(out + d, n), square);
   }
+  return square.sum();
 }
 
-// out = row / |row|, or row where it is zero or NaN.
+// out = scale * row.
 template <class T>
-void store_unit_row(acc_t<T>* row, int64_t D, T* out) {
+void store_scaled(const acc_t<T>* row, acc_t<T> scale, int64_t D, T* out) {
   using V = Vec<acc_t<T>>;
-  const acc_t<T> norm = std::sqrt(dot(row, row, D));
-  if (norm > 0) {
-    const V n = V::set1(norm);
-    int64_t d = 0;
-    for (; d + V::kLanes <= D; d += V::kLanes) (V::load(row + d) / n).store(out + d);
-    if (d < D) {
-      const int rest = static_cast<int>(D - d);
-      (V::load_n(row + d, rest) / n).store_n(out + d, rest);
-    }
-  } else {
-    store_row(row, D, out);
+  const V s = V::set1(scale);
+  int64_t d = 0;
+  for (; d + V::kLanes <= D; d += V::kLanes) (s * V::load(row + d)).store(out + d);
+  if (d < D) {
+    const int n = static_cast<int>(D - d);
+    (s * V::load_n(row + d, n)).store_n(out + d, n);
   }
 }
 
@@ -112,11 +119,13 @@ void adam_step(const GroupsView& groups, const AdamScalars<acc_t<T>>& scalars, b
       continue;
     }
     // g - <g, p> / <p, p> p: what weight decay adds is parallel to p and goes as well.
-    const A square = has_grad ? dot(p, p, D) : A(0);
-    const A along = square > 0 ? -dot(grad, p, D) / square : A(0);
-    has_grad ? adam_row<true>(adam, p, grad, along, m, v, D, row)
-             : adam_row<false>(adam, p, grad, along, m, v, D, row);
-    store_unit_row(row, D, p);
+    A pp = 0, gp = 0;
+    if (has_grad) products(p, grad, D, &pp, &gp);
+    const A along = pp > 0 ? -gp / pp : A(0);
+    const A square = has_grad ? adam_row<true>(adam, p, grad, along, m, v, D, row)
+                              : adam_row<false>(adam, p, grad, along, m, v, D, row);
+    // A row that is zero or NaN has no direction.
+    store_scaled(row, square > 0 ? 1 / std::sqrt(square) : A(1), D, p);
   }
 }
 
