@@ -1,0 +1,302 @@
+"""Activations of a language model, streamed window by window.
+
+`find_site` resolves `layer=L` (the residual stream after block L, counted from 0) or a module's
+dotted path; `stream_activations` runs the model up to that module and yields what it puts out;
+`collect` keeps a bounded number of them for training. Works with any causal language model of
+transformers whose blocks are found by path, and with any module named by `hook`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Where the families of transformers keep their list of blocks.
+BLOCK_PATHS = (
+    "transformer.h",  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
+    "gpt_neox.layers",  # GPT-NeoX, Pythia
+    "model.layers",  # Llama, Mistral, Gemma, Qwen, Phi, OLMo
+    "model.language_model.layers",  # the text part of Gemma 3, Qwen-VL
+    "model.decoder.layers",  # OPT
+)
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path of the model's list of blocks, and the list.
+
+    Raises:
+        ValueError: no list of blocks under any known path.
+    """
+    for path in BLOCK_PATHS:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList):
+            return path, found
+    raise ValueError(
+        f"{type(model).__name__}: its blocks are not under {', '.join(BLOCK_PATHS)}; "
+        "name the module whose output to read with hook="
+    )
+
+
+def find_site(
+    model: nn.Module, layer: int | None = None, hook: str | None = None
+) -> tuple[str, nn.Module]:
+    """The module whose output is read or edited, and its dotted path.
+
+    Args:
+        model: a causal language model.
+        layer: block counted from 0; its output is the residual stream after it.
+        hook: path of any submodule instead, `"model.layers.3.mlp"`.
+
+    Raises:
+        ValueError: both or neither given, the layer out of range, or no module at `hook`.
+    """
+    if (layer is None) == (hook is None):
+        raise ValueError("find_site: give layer or hook, one of them")
+    if hook is not None:
+        try:
+            return hook, model.get_submodule(hook)
+        except AttributeError:
+            names = [name for name, _ in model.named_modules() if name]
+            last = hook.rsplit(".", 1)[-1]
+            near = [n for n in names if n.rsplit(".", 1)[-1] == last] or names
+            raise ValueError(
+                f"{type(model).__name__} has no module {hook!r}; some of its modules: "
+                f"{', '.join(near[:4])}"
+            ) from None
+    assert layer is not None
+    path, blocks = blocks_of(model)
+    if not 0 <= layer < len(blocks):
+        raise ValueError(
+            f"layer must lie in [0, {len(blocks) - 1}] ({path} has {len(blocks)}), got {layer}"
+        )
+    return f"{path}.{layer}", blocks[layer]
+
+
+def output_of(output: Any) -> torch.Tensor:
+    """The hidden states in a module's output, which may be a tuple that starts with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def edited(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside the block, `edit(x)` takes the place of the module's output x [..., D].
+
+    The hook is removed when the block is left, also by an exception.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        x = output_of(output)
+        new = edit(x)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):  # noqa: N818
+    """Raised by the hook: the rest of the model is not needed."""
+
+
+def activations_at(model: nn.Module, module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The module's output [B, T, D] for `tokens` [B, T]; the model stops running after it."""
+    caught: list[torch.Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        caught.append(output_of(output))
+        raise _Reached
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except _Reached:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"the model's forward pass does not run {type(module).__name__}")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text cut into windows of one length, every window from one document.
+
+    Attributes:
+        tokens: [W, T] int64 token ids.
+        documents: W names, the document that each window is from.
+    """
+
+    tokens: torch.Tensor
+    documents: list[str]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, chosen: Sequence[int] | torch.Tensor) -> Windows:
+        """Some of the windows, in the order given."""
+        order = torch.as_tensor(chosen, dtype=torch.long)
+        return Windows(self.tokens[order], [self.documents[i] for i in order.tolist()])
+
+
+def windows_of(
+    documents: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    length: int,
+    max_windows: int | None = None,
+    *,
+    per_document: int | None = None,
+) -> Windows:
+    """Tokenises `(name, text)` pairs and cuts them into windows of `length` tokens.
+
+    Every window starts with the tokenizer's BOS (or EOS where it has no BOS), when it has one. A
+    document's last, shorter piece is dropped.
+
+    Args:
+        max_windows: stop here.
+        per_document: at most this many windows of one document, spread over it.
+
+    Raises:
+        ValueError: the text is too short for one window.
+    """
+    first = tokenizer.bos_token_id
+    if first is None:
+        first = tokenizer.eos_token_id
+    head = [] if first is None else [first]
+    body = length - len(head)
+    if body < 1:
+        raise ValueError(f"windows_of: length must be at least 2, got {length}")
+    rows: list[list[int]] = []
+    names: list[str] = []
+    for name, text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        count = len(ids) // body
+        taken = range(count)
+        if per_document is not None and count > per_document:
+            taken = range(0, count, -(-count // per_document))
+        for i in taken:
+            rows.append(head + ids[i * body : (i + 1) * body])
+            names.append(name)
+        if max_windows is not None and len(rows) >= max_windows:
+            break
+    if not rows:
+        raise ValueError(f"windows_of: no document is as long as one window of {length} tokens")
+    rows, names = rows[:max_windows], names[:max_windows]
+    return Windows(torch.tensor(rows, dtype=torch.long), names)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Activations of some windows.
+
+    Attributes:
+        activations: [B, T, D], on the model's device.
+        first: index of the first of these windows among all.
+        tokens: [B, T], on the CPU.
+    """
+
+    activations: torch.Tensor
+    first: int
+    tokens: torch.Tensor
+
+
+def stream_activations(
+    model: nn.Module,
+    module: nn.Module,
+    windows: Windows,
+    *,
+    batch_windows: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Batch]:
+    """Yields the module's output for `windows`, a batch of windows at a time, in order.
+
+    One batch exists at a time. `progress(n)` is told of every n tokens done.
+    """
+    device = next(model.parameters()).device
+    for first in range(0, len(windows), batch_windows):
+        tokens = windows.tokens[first : first + batch_windows]
+        yield Batch(activations_at(model, module, tokens.to(device)), first, tokens)
+        if progress is not None:
+            progress(tokens.numel())
+
+
+@dataclass(frozen=True)
+class Store:
+    """Activations kept for training.
+
+    Attributes:
+        activations: [N, D]; row n is token `skip_first + n % P` of window `n // P`, where
+            P = T - skip_first.
+        windows: the windows they come from, so that token ids and text can be found again.
+        skip_first: positions left out at the start of every window.
+    """
+
+    activations: torch.Tensor
+    windows: Windows
+    skip_first: int
+
+    def __len__(self) -> int:
+        return self.activations.shape[0]
+
+    def shuffled(
+        self, batch_size: int, steps: int, generator: torch.Generator
+    ) -> Iterator[torch.Tensor]:
+        """`steps` batches [batch_size, D], a fresh order every epoch, no row twice in an epoch."""
+        if batch_size > len(self):
+            raise ValueError(f"shuffled: batch_size {batch_size} exceeds the {len(self)} rows")
+        order, at = torch.empty(0, dtype=torch.long), 0
+        for _ in range(steps):
+            if at + batch_size > len(order):
+                order, at = torch.randperm(len(self), generator=generator), 0
+            rows = order[at : at + batch_size].to(self.activations.device)
+            yield self.activations.index_select(0, rows)
+            at += batch_size
+
+
+def collect(
+    model: nn.Module,
+    module: nn.Module,
+    windows: Windows,
+    *,
+    skip_first: int = 1,
+    max_bytes: int = 1 << 30,
+    dtype: torch.dtype = torch.float32,
+    batch_windows: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Store:
+    """Runs the model over `windows` and keeps the activations, at most `max_bytes` of them.
+
+    Windows beyond that bound are not run at all (see `Store.windows`). The first `skip_first`
+    positions of a window are left out: the first token of a text often has an activation of
+    another size than all others, which says nothing of the text.
+    """
+    kept = len(windows.tokens[0]) - skip_first
+    out: torch.Tensor | None = None
+    at = 0
+    used = windows
+    for batch in stream_activations(
+        model, module, windows, batch_windows=batch_windows, progress=progress
+    ):
+        x = batch.activations[:, skip_first:]
+        rows = x.reshape(-1, x.shape[-1])
+        if out is None:
+            per_window = kept * x.shape[-1] * dtype.itemsize
+            fits = max(1, min(len(windows), max_bytes // per_window))
+            used = windows.select(range(fits))
+            out = torch.empty(fits * kept, x.shape[-1], dtype=dtype, device=x.device)
+        rows = rows[: out.shape[0] - at]
+        out[at : at + rows.shape[0]] = rows
+        at += rows.shape[0]
+        if at == out.shape[0]:
+            break
+    assert out is not None
+    return Store(out, used, skip_first)
