@@ -1,0 +1,1 @@
+"""Steering a language model with an SAE."""
