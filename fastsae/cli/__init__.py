@@ -1,0 +1,31 @@
+"""The command line, `fastsae`. One file per command; needs the `cli` extra."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+INSTALL = 'pip install "fastsae-kernels[cli]"'
+NEEDED = ("typer", "rich", "transformers", "jinja2", "tokenizers", "tqdm")
+
+
+def main() -> None:
+    """Entry point. Exit code 2 and one line when something the user can put right is wrong."""
+    try:
+        app = importlib.import_module("fastsae.cli.app").app
+    except ImportError as error:
+        fail_missing(error)
+    app()
+
+
+def fail_missing(error: ImportError) -> None:
+    """Ends with a line that says how to get a missing package of the extra."""
+    if error.name is None or error.name.split(".")[0] not in NEEDED:
+        raise error
+    fail(f"the command line needs {error.name}, which is not installed: {INSTALL}")
+
+
+def fail(message: str) -> None:
+    """Ends with `message` on stderr and exit code 2."""
+    sys.stderr.write(f"fastsae: {message}\n")
+    raise SystemExit(2)

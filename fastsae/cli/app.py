@@ -1,0 +1,30 @@
+"""The typer application, put together from the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from .info import info
+from .quickstart import quickstart
+
+app = typer.Typer(
+    name="fastsae",
+    help="Fused kernels for sparse autoencoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(quickstart)
+app.command()(info)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+) -> None:
+    """Fused kernels for sparse autoencoders."""
+    if version:
+        from .._version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit

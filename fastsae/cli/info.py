@@ -1,0 +1,57 @@
+"""`fastsae info`: what this installation can do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+
+def info(
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead."),
+) -> None:
+    """Print versions, devices, and the backend that every operator takes, with the reasons."""
+    from .. import info as collect
+
+    found = collect()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    kernels = found["cpu_kernels"]
+    rows: dict[str, Any] = {
+        "fastsae": found["fastsae"],
+        "torch": found["torch"],
+        "triton": found["triton"] or "not installed",
+        "Python": found["python"],
+        "platform": found["platform"],
+        "threads": found["threads"],
+        "GPUs": ", ".join(found["gpus"]) or "none",
+        "C++ kernels": (
+            f"{kernels['level']} (this CPU has {', '.join(kernels['levels'])})"
+            if kernels["built"]
+            else kernels["missing"]
+        ),
+    }
+    rows.update(found["environment"])
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(str(value)))
+    console.print(table)
+    ops = Table(title="Backends", title_justify="left")
+    for column in ("operator", "device", "takes", "others"):
+        ops.add_column(column)
+    for op, devices in found["ops"].items():
+        for device, choice in devices.items():
+            others = "\n".join(
+                f"{name}: {why}"
+                for name, why in choice["others"].items()
+                if name != choice["backend"]
+            )
+            ops.add_row(op, device, choice["backend"], escape(others))
+    console.print(ops)

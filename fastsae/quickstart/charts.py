@@ -1,0 +1,138 @@
+"""Small line charts as inline SVG. Colours are CSS variables of the page, so they follow its theme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 36
+
+
+@dataclass(frozen=True)
+class Series:
+    """Attributes:
+    name: for the tooltip of its points.
+    points: (x, y), drawn in order.
+    style: CSS class, "a" or "b".
+    marks: whether to draw the points.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str = "a"
+    marks: bool = True
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers between low and high, about `count` of them."""
+    span = high - low
+    if not span > 0 or not math.isfinite(span):
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def number(x: float) -> str:
+    """A short label: 1.5M, 200k, 0.35."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:g}{suffix}"
+    return f"{x:.3g}"
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    title: str,
+    width: int = 430,
+    height: int = 210,
+    y_zero: bool = False,
+    percent: bool = False,
+    baseline: float | None = None,
+    baseline_label: str = "",
+    x_mark: float | None = None,
+) -> str:
+    """An SVG element. Values that are not finite are left out.
+
+    Args:
+        y_zero: let the y axis include 0.
+        percent: label y as percentages.
+        baseline: a dashed horizontal line at this y.
+        x_mark: a vertical line at this x.
+    """
+    kept = [
+        [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)] for one in series
+    ]
+    xs = [x for points in kept for x, _ in points]
+    ys = [y for points in kept for _, y in points]
+    if not xs:
+        return ""
+    if baseline is not None and math.isfinite(baseline):
+        ys.append(baseline)
+    if y_zero:
+        ys.append(0.0)
+    low_x, high_x = min(xs), max(xs)
+    low_y, high_y = min(ys), max(ys)
+    margin = 0.06 * (high_y - low_y) or 0.5
+    low_y = low_y if y_zero and low_y == 0 else low_y - margin
+    high_y += margin
+    span_x = high_x - low_x or 1.0
+
+    def px(x: float) -> float:
+        return LEFT + (x - low_x) / span_x * (width - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return TOP + (high_y - y) / (high_y - low_y) * (height - TOP - BOTTOM)
+
+    def y_text(y: float) -> str:
+        return f"{100 * y:g}%" if percent else number(y)
+
+    out = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title, quote=True)}">'
+    ]
+    for y in ticks(low_y, high_y):
+        out.append(
+            f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{py(y):.1f}" '
+            f'y2="{py(y):.1f}"/><text class="tick" x="{LEFT - 7}" y="{py(y) + 3.5:.1f}" '
+            f'text-anchor="end">{y_text(y)}</text>'
+        )
+    for x in ticks(low_x, high_x, 5):
+        out.append(
+            f'<text class="tick" x="{px(x):.1f}" y="{height - BOTTOM + 16}" '
+            f'text-anchor="middle">{number(x)}</text>'
+        )
+    out.append(
+        f'<text class="label" x="{(LEFT + width - RIGHT) / 2:.1f}" y="{height - 4}" '
+        f'text-anchor="middle">{escape(x_label)}</text>'
+    )
+    if x_mark is not None:
+        out.append(
+            f'<line class="mark" x1="{px(x_mark):.1f}" x2="{px(x_mark):.1f}" y1="{TOP}" '
+            f'y2="{height - BOTTOM}"/>'
+        )
+    if baseline is not None:
+        out.append(
+            f'<line class="base" x1="{LEFT}" x2="{width - RIGHT}" y1="{py(baseline):.1f}" '
+            f'y2="{py(baseline):.1f}"/><text class="tick" x="{width - RIGHT - 2}" '
+            f'y="{py(baseline) - 4:.1f}" text-anchor="end">{escape(baseline_label)}</text>'
+        )
+    for one, points in zip(series, kept, strict=True):
+        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
+        out.append(f'<polyline class="line {one.style}" points="{path}"/>')
+        if one.marks:
+            for x, y in points:
+                value = f"{100 * y:.1f}%" if percent else f"{y:.4g}"
+                out.append(
+                    f'<circle class="dot {one.style}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.6">'
+                    f"<title>{escape(one.name)} at {number(x)}: {value}</title></circle>"
+                )
+    out.append("</svg>")
+    return "".join(out)

@@ -1,0 +1,459 @@
+"""The quickstart, step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..features.cards import Card, choose_latents, make_card, score_latents
+from ..features.stats import FeatureStats
+from ..features.tokens import TokenMass, TokenText, logit_effect
+from ..nn import TopKSAE
+from ..optim import FusedAdam
+from ..train.activations import Store, Windows, blocks_of, collect, find_site, windows_of
+from ..train.evaluate import Reconstruction, SpliceLoss, reconstruction, splice_loss
+from ..train.plain import PlainTopKStep
+from ..train.text import stdlib_documents
+from .settings import EMBEDDED_MODEL, QuickstartError, Settings
+from .steering import Steering, steer
+
+# progress(title, total) is a context manager that gives `advance(n)`
+Progress = Callable[[str, int], Any]
+
+
+@dataclass
+class Subject:
+    """The language model that is studied."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    site: str
+    module: nn.Module
+    n_layers: int
+
+
+@dataclass
+class Training:
+    """Attributes:
+    sae: trained, in eval mode.
+    curve: (tokens seen, FVU of the batch) through training.
+    tokens_per_s: of the training loop, measured over all of it but its first steps.
+    step_ms, plain_step_ms: medians of the two steps, run in turn on the same batches.
+    """
+
+    sae: TopKSAE
+    curve: list[tuple[int, float]]
+    tokens: int
+    tokens_per_s: float
+    step_ms: float
+    plain_step_ms: float
+
+    @property
+    def speedup_vs_torch(self) -> float:
+        return self.plain_step_ms / self.step_ms
+
+
+@dataclass
+class Result:
+    """Everything the report and the page are made of."""
+
+    settings: Settings
+    subject: Subject
+    training: Training
+    reconstruction: Reconstruction
+    splice: SpliceLoss
+    cards: list[Card]
+    steering: Steering | None
+    stats_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json. Keys that hold times end in _s, _ms or are in `timing`."""
+        s, t = self.settings, self.training
+        return {
+            "model": self.subject.name,
+            "hook": self.subject.site,
+            "d_sae": t.sae.d_sae,
+            "k": t.sae.k,
+            "seed": s.seed,
+            "tokens": t.tokens,
+            "tokens_per_s": t.tokens_per_s,
+            "speedup_vs_torch": t.speedup_vs_torch,
+            "fvu": self.reconstruction.fvu,
+            "l0": self.reconstruction.l0,
+            "dead_fraction": self.reconstruction.dead_fraction,
+            "held_out_tokens": self.reconstruction.tokens,
+            "ce_clean": self.splice.ce_clean,
+            "ce_spliced": self.splice.ce_spliced,
+            "ce_zero_ablated": self.splice.ce_zero_ablated,
+            "loss_recovered": self.splice.loss_recovered,
+            "loss_curve": [list(point) for point in t.curve],
+            "stats_tokens": self.stats_tokens,
+            "features": [card.as_dict() for card in self.cards],
+            "steering": None if self.steering is None else self.steering.as_dict(),
+            "timing": {
+                "step_ms": t.step_ms,
+                "plain_step_ms": t.plain_step_ms,
+                "threads": torch.get_num_threads(),
+                "seconds": self.seconds,
+            },
+        }
+
+
+# Keys of the report that a second run with the same seed need not repeat.
+TIMING_KEYS = ("tokens_per_s", "speedup_vs_torch", "timing")
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Runs the whole job; writes nothing but what `settings.out` will hold (see `write`)."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    torch.manual_seed(settings.seed)
+    with timed("load"):
+        subject = load_subject(settings)
+    with timed("harvest"):
+        train_windows, held_out = read_text(settings, subject, progress)
+        store, test = harvest(settings, subject, train_windows, held_out, progress)
+    with timed("train"):
+        training = train(settings, store, progress)
+    with timed("evaluate"):
+        quality = reconstruction(training.sae, test.activations.split(4096))
+        dead = dead_fraction(training.sae, store)
+        quality = Reconstruction(quality.fvu, quality.l0, dead, quality.tokens)
+        with progress("Splicing the SAE into the model", 3 * held_out.tokens.numel()) as advance:
+            splice = splice_loss(
+                subject.model, subject.module, training.sae, held_out, progress=advance
+            )
+    with timed("features"):
+        found = study_latents(settings, subject, training.sae, store, progress)
+    with timed("steer"):
+        steering = steer(
+            settings, subject.model, subject.module, subject.tokenizer, training.sae, store,
+            held_out, found, splice, progress,
+        )  # fmt: skip
+    return Result(
+        settings, subject, training, quality, splice, found.cards, steering,
+        found.stats.n_tokens, seconds,
+    )  # fmt: skip
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+def load_subject(settings: Settings) -> Subject:
+    """Loads model and tokenizer, in eval mode and without gradients.
+
+    Raises:
+        QuickstartError: the model, a file of it or the network is missing.
+    """
+    embedded = settings.model is None
+    if embedded and not (EMBEDDED_MODEL / "config.json").exists():
+        raise QuickstartError(
+            f"the embedded model is missing from this installation ({EMBEDDED_MODEL}); "
+            "reinstall fastsae-kernels or name a model with --model"
+        )
+    source = str(EMBEDDED_MODEL) if settings.model is None else settings.model
+    if embedded:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to look up
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if looks_local and not path.is_dir():
+        raise QuickstartError(f"no such folder: {source}")
+    if path.is_dir():
+        source = str(path)
+        if not (path / "config.json").exists():
+            raise QuickstartError(f"{source} holds no config.json, so it is no transformers model")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise QuickstartError(f"device {settings.device!r}: {_one_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        config: Any = AutoConfig.from_pretrained(source)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            # the same function as one kernel instead of seven; 1.6x for a whole GPT-2 on a CPU
+            config.activation_function = "gelu_pytorch_tanh"
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    except Exception as error:  # transformers raises OSError, ValueError, httpx errors and more
+        raise QuickstartError(f"cannot load {source!r}: {_one_line(error)}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    layer = settings.layer
+    try:
+        if layer is None and settings.hook is None:
+            layer = len(blocks_of(model)[1]) // 2
+        site, module = find_site(model, layer, settings.hook)
+    except ValueError as error:
+        raise QuickstartError(str(error)) from error
+    name = "embedded: tiny_python_lm" if embedded else source
+    n_layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    return Subject(name, model, tokenizer, site, module, n_layers)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence or two of an error, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+# -- text and activations -------------------------------------------------------------------------
+
+
+def read_text(settings: Settings, subject: Subject, progress: Progress) -> tuple[Windows, Windows]:
+    """Windows to train on and held-out windows, of the standard library's text."""
+    config = subject.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or settings.context
+    length = min(settings.context, longest)
+    wanted = max(1, settings.tokens // (length - 1))
+    wanted_held_out = max(2, settings.held_out_tokens // (length - 1))
+    generator = torch.Generator().manual_seed(settings.seed)
+    try:
+        documents = list(stdlib_documents("train", include_tests=False))
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        with progress("Reading text", wanted) as advance:
+
+            def told() -> Iterator[tuple[str, str]]:
+                for i in order:
+                    yield documents[i]
+
+            train = windows_of(told(), subject.tokenizer, length, wanted, per_document=64)
+            advance(len(train))
+        held_out = windows_of(
+            stdlib_documents("heldout", include_tests=False), subject.tokenizer, length,
+            per_document=12,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise QuickstartError(_one_line(error)) from error
+    shuffle = torch.randperm(len(train), generator=generator)
+    spread = torch.randperm(len(held_out), generator=generator)[:wanted_held_out]
+    return train.select(shuffle), held_out.select(spread)
+
+
+def harvest(
+    settings: Settings,
+    subject: Subject,
+    train_windows: Windows,
+    held_out: Windows,
+    progress: Progress,
+) -> tuple[Store, Store]:
+    """Activations of both, without the first position of every window."""
+    total = train_windows.tokens.numel() + held_out.tokens.numel()
+    with progress(f"Harvesting {subject.site}", total) as advance:
+        kept = [
+            collect(
+                subject.model, subject.module, windows,
+                max_bytes=settings.max_bytes, progress=advance,
+            )
+            for windows in (train_windows, held_out)
+        ]  # fmt: skip
+    return kept[0], kept[1]
+
+
+# -- the SAE --------------------------------------------------------------------------------------
+
+
+def train(settings: Settings, store: Store, progress: Progress) -> Training:
+    """Trains the SAE with fused steps, then times that step against plain PyTorch's."""
+    width = store.activations.shape[1]
+    d_sae = settings.d_sae or 8 * width
+    batch_size = min(settings.batch_size, len(store))
+    device = store.activations.device
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    try:
+        sae = TopKSAE(width, d_sae, settings.k, device=device, seed=settings.seed)
+    except ValueError as error:
+        raise QuickstartError(_one_line(error)) from error
+    sae.initialize_from_data(store.activations, seed=settings.seed)
+    # The loss is the FVU, so that one learning rate and one curve fit every model.
+    mean = store.activations[:65536].mean(0)
+    variance = (store.activations[:65536] - mean).square().mean()
+    optimizer = FusedAdam(sae.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _schedule(step, settings.steps)
+    )
+
+    def fused_step(x: torch.Tensor, aux: float = 0.0) -> torch.Tensor:
+        reconstruction = sae(x)
+        loss = (reconstruction - x).square().mean() / variance
+        total = loss
+        if aux:  # revives latents that have not fired for a while
+            total = loss + aux * sae.aux_loss(
+                x, reconstruction, k_aux=settings.k_aux, dead_after=settings.dead_after
+            )
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    curve: list[tuple[int, float]] = []
+    every = max(1, settings.steps // 120)
+    recent: list[torch.Tensor] = []
+    warm = min(10, settings.steps // 4)
+    sae.train()
+    start = time.perf_counter()
+    with progress("Training the SAE", settings.steps * batch_size) as advance:
+        batches = store.shuffled(batch_size, settings.steps, generator)
+        for step, x in enumerate(batches):
+            if step == warm:
+                start = time.perf_counter()
+            recent.append(fused_step(x, settings.aux_weight))
+            schedule.step()
+            if (step + 1) % every == 0:
+                loss = float(torch.stack(recent).mean())
+                curve.append(((step + 1) * batch_size, loss))
+                recent.clear()
+                advance(every * batch_size)
+    elapsed = time.perf_counter() - start
+    trained = (settings.steps - warm) * batch_size
+
+    # The comparison continues from the trained weights on a copy, so that it changes nothing.
+    kept = {name: p.detach().clone() for name, p in sae.state_dict().items()}
+    plain = PlainTopKStep(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, settings.lr)
+    times: tuple[list[float], list[float]] = ([], [])
+    with progress("Timing against plain PyTorch", 2 * settings.plain_steps) as advance:
+        batches = store.shuffled(batch_size, settings.plain_steps, generator)
+        for i, x in enumerate(batches):
+            for which, step_function in enumerate((fused_step, plain)):
+                begin = time.perf_counter()
+                step_function(x)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i >= min(3, settings.plain_steps - 1):  # the first ones warm up
+                    times[which].append(1000 * (time.perf_counter() - begin))
+                advance(1)
+    optimizer.release()
+    sae.load_state_dict(kept)
+    sae.eval().requires_grad_(False)
+    return Training(
+        sae, curve, settings.steps * batch_size, trained / elapsed,
+        median(times[0]), median(times[1]),
+    )  # fmt: skip
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up over 3% of the steps, linear decay over the last 40%."""
+    warm = max(1, round(0.03 * steps))
+    return min(1.0, (step + 1) / warm, (steps - step) / (0.4 * steps))
+
+
+@torch.no_grad()
+def dead_fraction(sae: TopKSAE, store: Store, tokens: int = 131_072) -> float:
+    """Share of latents that fire on none of (up to) `tokens` training activations.
+
+    On training activations because a held-out set short enough for a quick run would call every
+    rare latent dead.
+    """
+    return reconstruction(sae, store.activations[:tokens].split(8192)).dead_fraction
+
+
+# -- the latents ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What is known of the latents after one pass over the text."""
+
+    stats: FeatureStats
+    fires: TokenMass
+    follows: TokenMass
+    promoted: torch.Tensor  # [F, P] token ids
+    words: torch.Tensor  # [V] bool, tokens with a letter or digit
+    cards: list[Card]
+    candidates: list[int]
+
+
+@torch.no_grad()
+def study_latents(
+    settings: Settings, subject: Subject, sae: TopKSAE, store: Store, progress: Progress
+) -> Found:
+    """Statistics of every latent, and cards of those that read best."""
+    tokens = store.windows.tokens[:, store.skip_first :]
+    n_windows, per_window = tokens.shape
+    n_windows = min(n_windows, max(1, settings.stats_tokens // per_window))
+    vocabulary = subject.model.get_output_embeddings().weight.shape[0]
+    stats = FeatureStats(sae.d_sae, seed=settings.seed)
+    fires, follows = TokenMass(sae.d_sae, vocabulary), TokenMass(sae.d_sae, vocabulary)
+    with progress("Reading the latents", n_windows * per_window) as advance:
+        step = 128
+        for first in range(0, n_windows, step):
+            last = min(first + step, n_windows)
+            places = torch.arange(first * per_window, last * per_window).view(-1, per_window)
+            x = store.activations[first * per_window : last * per_window]
+            values, indices = sae.encode(x.view(last - first, per_window, -1))
+            stats.update(values, indices, places)
+            here = tokens[first:last]
+            fires.update(values.flatten(0, 1), indices.flatten(0, 1), here.reshape(-1))
+            follows.update(
+                values[:, :-1].flatten(0, 1), indices[:, :-1].flatten(0, 1),
+                here[:, 1:].reshape(-1),
+            )  # fmt: skip
+            advance(here.numel())
+    counts = torch.bincount(tokens[:n_windows].reshape(-1), minlength=vocabulary)
+    effect = logit_effect(subject.model, sae.W_dec)
+    text = TokenText(subject.tokenizer)
+    words = torch.zeros(vocabulary, dtype=torch.bool)
+    for token in counts.nonzero().flatten().tolist():
+        words[token] = any(c.isalnum() for c in text[token])
+    min_count = max(3, min(100, stats.n_tokens // 2500))
+    scores = score_latents(stats, fires, follows, effect, counts, words, min_count=min_count)
+    many = 2 * max(settings.cards, settings.candidates)
+    chosen = choose_latents(scores, fires, sae.W_dec, many)
+    # a reader sees words come and go: candidates for steering promote mostly words
+    worded = [j for j in chosen if words[scores.promoted[j]].float().mean() >= 0.6]
+    cards = [
+        make_card(j, sae, store, stats, scores, fires, follows, effect, text)
+        for j in chosen[: settings.cards]
+    ]
+    return Found(
+        stats, fires, follows, scores.promoted, words, cards, worded[: settings.candidates]
+    )
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def write(result: Result) -> Path:
+    """Writes sae/, report.json and index.html into the output folder; returns the page's path.
+
+    Raises:
+        QuickstartError: the folder cannot be written.
+    """
+    from .page import render
+
+    out = result.settings.out
+    report = result.report()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        result.training.sae.save_pretrained(out / "sae")
+        (out / "report.json").write_text(
+            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        page = out / "index.html"
+        page.write_text(render(report), encoding="utf-8")
+    except OSError as error:
+        raise QuickstartError(f"cannot write to {out}: {_one_line(error)}") from error
+    return page.resolve()

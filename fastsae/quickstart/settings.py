@@ -1,0 +1,48 @@
+"""What a quickstart run does, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED_MODEL = ASSETS / "tiny_python_lm"
+
+
+class QuickstartError(Exception):
+    """Something the user can put right; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes are for the embedded model on two CPU cores and about two minutes in all."""
+
+    model: str | None = None  # hub id or path; None: the embedded model
+    out: Path = Path("quickstart")
+    device: str = "cpu"
+    seed: int = 0
+    layer: int | None = None  # None: the middle block
+    hook: str | None = None  # a module's path instead of layer
+
+    tokens: int = 300_000  # activations harvested for training
+    held_out_tokens: int = 32_768
+    stats_tokens: int = 200_000  # of the training activations, for the latents' statistics
+    context: int = 256
+    max_bytes: int = 2 << 30  # of activations kept
+
+    d_sae: int | None = None  # None: 8 times the width
+    k: int = 24
+    steps: int = 600
+    batch_size: int = 2048
+    lr: float = 1e-3
+    aux_weight: float = 1 / 32
+    k_aux: int = 32
+    dead_after: int = 60_000  # tokens without firing
+    plain_steps: int = 15  # of the comparison, each
+
+    cards: int = 24
+    candidates: int = 32  # latents screened for steering
+    sample_tokens: int = 64
+    samples: int = 16  # texts per point of the sweep
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+    screen_strengths: tuple[float, ...] = (1.0, 2.0)

@@ -1,0 +1,296 @@
+"""Which latent to turn up, how far, and what that does to the text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..features.tokens import TokenText
+from ..nn import TopKSAE
+from ..steer.clamp import added, clamped
+from ..steer.sweep import (
+    Point,
+    Sampling,
+    damage,
+    difference_of_means,
+    distinct_bigrams,
+    net_effect,
+    sample,
+    token_share,
+)
+from ..train.activations import Store, Windows
+from ..train.evaluate import SpliceLoss, cross_entropy
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .pipeline import Found, Progress
+
+CLAMP = "clamp"
+VECTOR = "difference of means"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One prompt continued without and with steering, from the same random numbers.
+
+    Attributes:
+        before, after: tokens of the continuation, piece by piece.
+        own_before, own_after: which of them are the feature's own tokens.
+    """
+
+    prompt: str
+    before: list[str]
+    after: list[str]
+    own_before: list[bool]
+    own_after: list[bool]
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A candidate's best point in the screening."""
+
+    feature: int
+    strength: float
+    share_before: float
+    share_after: float
+    damage: float
+    net: float
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Attributes:
+    feature: the latent that was turned up.
+    own_tokens: its top tokens: where it fires, and what its decoder promotes.
+    max_activation: the unit of the strengths, over `stats_tokens` of the report.
+    strength, value: the clamp chosen by the sweep; value = strength * max_activation.
+    base: the unsteered model. points: the sweep, both methods.
+    texts: prompts continued; the first is the one of median effect.
+    screened: the candidates, best first.
+    """
+
+    feature: int
+    own_tokens: list[str]
+    max_activation: float
+    strength: float
+    value: float
+    base: Point
+    chosen: Point
+    points: list[Point]
+    net: list[float]
+    texts: list[Text]
+    screened: list[Screened]
+    sampling: Sampling
+    loss_scale: float
+
+    def as_dict(self) -> dict[str, Any]:
+        first = self.texts[0]
+        return {
+            "feature": self.feature,
+            "own_tokens": self.own_tokens,
+            "strength": self.strength,
+            "unit": "max_activation",
+            "max_activation": self.max_activation,
+            "value": self.value,
+            "prompt": first.prompt,
+            "before": first.prompt + "".join(first.before),
+            "after": first.prompt + "".join(first.after),
+            "effect": {
+                "share_before": self.base.share,
+                "share_after": self.chosen.share,
+                "tokens_sampled": len(self.texts) * self.sampling.new_tokens,
+            },
+            "damage": {
+                "loss_before": self.base.loss,
+                "loss_after": self.chosen.loss,
+                "distinct_bigrams_before": self.base.distinct_bigrams,
+                "distinct_bigrams_after": self.chosen.distinct_bigrams,
+                "loss_scale": self.loss_scale,
+            },
+            "sweep": [
+                {**asdict(point), "net_effect": net}
+                for point, net in zip(self.points, self.net, strict=True)
+            ],
+            "texts": [asdict(text) for text in self.texts],
+            "screened": [asdict(one) for one in self.screened],
+            "sampling": asdict(self.sampling),
+        }
+
+
+def own_tokens(found: Found, latent: int, *, fires: int = 6, promotes: int = 10) -> torch.Tensor:
+    """Words of a latent: where most of its activation falls, and what its decoder promotes."""
+    tokens, share = found.fires.of(latent)
+    promoted = found.promoted[latent, :promotes]
+    own = torch.cat([tokens[:fires][share[:fires] >= 0.05], promoted]).unique()
+    return own[found.words[own]]
+
+
+def steer(
+    settings: Settings,
+    model: Any,
+    module: nn.Module,
+    tokenizer: Any,
+    sae: TopKSAE,
+    store: Store,
+    held_out: Windows,
+    found: Found,
+    splice: SpliceLoss,
+    progress: Progress,
+) -> Steering | None:
+    """Screens the candidates, sweeps the best one, and samples text with it.
+
+    A candidate's score is the gain in the share of its own tokens in sampled text, minus the
+    damage (`fastsae.steer.sweep`). None when no latent is usable.
+    """
+    if not found.candidates:
+        return None
+    sampling = Sampling(new_tokens=settings.sample_tokens, seed=settings.seed)
+    count = min(settings.samples, len(held_out))
+    length = min(24, held_out.tokens.shape[1] // 2)
+    prompts = held_out.tokens[:count, :length]
+    loss_windows = held_out.select(range(min(16, len(held_out))))
+    loss_scale = max(1e-6, splice.ce_zero_ablated - splice.ce_clean)
+    points = 2 * len(settings.strengths)
+    candidates = torch.tensor(found.candidates)
+    steps = 2 + len(settings.screen_strengths) * (1 + len(candidates)) + 2 * points
+    with progress("Steering: screening and sweep", steps) as advance:
+        before = sample(model, prompts, sampling)
+        advance(1)
+        base_loss = cross_entropy(model, loss_windows)
+        advance(1)
+
+        def base_of(own: torch.Tensor) -> Point:
+            return Point("none", 0.0, token_share(before, own), distinct_bigrams(before), base_loss)
+
+        screened = _screen(
+            settings, model, module, sae, found, candidates, prompts, loss_windows, sampling,
+            base_of, loss_scale, advance,
+        )  # fmt: skip
+        latent = screened[0].feature
+        own = own_tokens(found, latent)
+        base = base_of(own)
+        unit = float(found.stats.max[latent])
+        vector = difference_of_means(store.activations, _leads(store, own))
+
+        swept: list[Point] = []
+        texts: dict[tuple[str, float], torch.Tensor] = {}
+        for method in (CLAMP, VECTOR):
+            for strength in settings.strengths:
+
+                def hook(method: str = method, value: float = strength * unit) -> Any:
+                    if method == CLAMP:
+                        return clamped(module, sae, latent, value)
+                    return added(module, value * vector)
+
+                tokens = sample(model, prompts, sampling, hook())
+                advance(1)
+                loss = cross_entropy(model, loss_windows, hook())
+                advance(1)
+                texts[method, strength] = tokens
+                swept.append(
+                    Point(
+                        method, strength, token_share(tokens, own), distinct_bigrams(tokens), loss
+                    )
+                )
+    net = [net_effect(point, base, loss_scale) for point in swept]
+    clamps = [i for i, point in enumerate(swept) if point.method == CLAMP]
+    chosen = swept[max(clamps, key=lambda i: net[i])]
+    return Steering(
+        feature=latent,
+        own_tokens=[TokenText(tokenizer)[t] for t in own.tolist()],
+        max_activation=unit,
+        strength=chosen.strength,
+        value=chosen.strength * unit,
+        base=base,
+        chosen=chosen,
+        points=swept,
+        net=net,
+        texts=_texts(tokenizer, prompts, before, texts[CLAMP, chosen.strength], own),
+        screened=screened,
+        sampling=sampling,
+        loss_scale=loss_scale,
+    )
+
+
+def _screen(
+    settings: Settings,
+    model: Any,
+    module: nn.Module,
+    sae: TopKSAE,
+    found: Found,
+    candidates: torch.Tensor,
+    prompts: torch.Tensor,
+    loss_windows: Windows,
+    sampling: Sampling,
+    base_of: Any,
+    loss_scale: float,
+    advance: Any,
+) -> list[Screened]:
+    """Every candidate at a few strengths, all candidates in one batch of samples."""
+    each = min(6, len(prompts))
+    few = loss_windows.select(range(min(4, len(loss_windows))))
+    best: dict[int, Screened] = {}
+    rows = candidates.repeat_interleave(each)
+    for strength in settings.screen_strengths:
+        values = strength * found.stats.max[rows]
+        tokens = sample(
+            model, prompts[:each].repeat(len(candidates), 1), sampling,
+            clamped(module, sae, rows, values),
+        ).view(len(candidates), each, -1)  # fmt: skip
+        advance(1)
+        clean = None
+        for i, latent in enumerate(candidates.tolist()):
+            value = strength * float(found.stats.max[latent])
+            own = own_tokens(found, latent)
+            base = base_of(own)
+            if clean is None:
+                clean = cross_entropy(model, few)
+            added_loss = cross_entropy(model, few, clamped(module, sae, latent, value)) - clean
+            advance(1)
+            point = Point(
+                CLAMP, strength, token_share(tokens[i], own), distinct_bigrams(tokens[i]),
+                base.loss + added_loss,
+            )  # fmt: skip
+            net = net_effect(point, base, loss_scale)
+            if latent not in best or net > best[latent].net:
+                best[latent] = Screened(
+                    latent, strength, base.share, point.share, damage(point, base, loss_scale), net
+                )
+    return sorted(best.values(), key=lambda one: (-one.net, one.feature))
+
+
+def _leads(store: Store, own: torch.Tensor) -> torch.Tensor:
+    """For every row of the store, whether the next token is among `own`."""
+    tokens = store.windows.tokens[:, store.skip_first :]
+    following = torch.zeros_like(tokens, dtype=torch.bool)
+    following[:, :-1] = torch.isin(tokens[:, 1:], own)
+    return following.reshape(-1)
+
+
+def _texts(
+    tokenizer: Any,
+    prompts: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    own: torch.Tensor,
+) -> list[Text]:
+    """All samples, the one whose gain is the median first."""
+    text = TokenText(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    gains = torch.isin(after, own).float().mean(1) - torch.isin(before, own).float().mean(1)
+    order = torch.argsort(gains, stable=True).tolist()
+    middle = order[len(order) // 2]
+    rows = [middle, *(i for i in range(len(prompts)) if i != middle)]
+    return [
+        Text(
+            prompt=text.text([t for t in prompts[i].tolist() if t not in special]),
+            before=[text[t] for t in before[i].tolist()],
+            after=[text[t] for t in after[i].tolist()],
+            own_before=torch.isin(before[i], own).tolist(),
+            own_after=torch.isin(after[i], own).tolist(),
+        )
+        for i in rows
+    ]
