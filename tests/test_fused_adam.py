@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.utils.checkpoint
 from torch import nn
 
 import fastsae
@@ -231,6 +234,65 @@ def test_state_from_and_to_torch_adam():
             o.step()
             o.zero_grad()
     close(ours, theirs)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "decoupled_weight_decay"])
+def test_states_of_other_variants_are_refused(option):
+    param = nn.Parameter(torch.zeros(3, 3))
+    state = torch.optim.Adam([param], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=option):
+        FusedAdam([param]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
+@pytest.mark.parametrize("owned", [True, False])
+def test_checkpointing(owned, reentrant):
+    plain, checkpointed = make(), make()
+    x = batches(1)[0].requires_grad_()
+    optimizers = [
+        (FusedAdam if owned else torch.optim.Adam)(sae.parameters(), lr=1e-2)
+        for sae in (plain, checkpointed)
+    ]
+    for sae, run in ((plain, plain), (checkpointed, None)):
+        out = run(x) if run else torch.utils.checkpoint.checkpoint(sae, x, use_reentrant=reentrant)
+        (out - x).square().mean().backward()
+    for opt in optimizers:
+        opt.step()
+    close(plain, checkpointed, atol=0)
+
+
+def test_other_gradients_leave_the_weights_alone():
+    """As in torch: what asks for the gradient of x adds nothing to the weights'."""
+    sae = make()
+    opt = FusedAdam(sae.parameters(), lr=1e-2)
+    before = copy.deepcopy(sae)
+    x = batches(1)[0].requires_grad_()
+    (dx,) = torch.autograd.grad(sae(x).square().sum(), x)
+    sae(x).square().sum().backward(inputs=[x])
+    assert torch.equal(dx, x.grad)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(sae(x).square().sum(), sae.W_enc)
+    assert not _factors.factors(sae.W_enc) and not _factors.factors(sae.W_dec)
+    opt.step()
+    close(sae, before, atol=0)
+    sae(x).square().sum().backward(inputs=[sae.W_enc])
+    assert len(_factors.factors(sae.W_enc)) == 1 and not _factors.factors(sae.W_dec)
+
+
+def test_a_pickled_module_gets_ordinary_gradients():
+    """Nothing would ever consume its factors."""
+    sae = make()
+    opt = FusedAdam(sae.parameters())
+    x = batches(1)[0]
+    sae(x).square().mean().backward()
+    again = pickle.loads(pickle.dumps(sae))
+    again(x).square().mean().backward()
+    assert again.W_enc.grad is not None and again.W_dec.grad is not None
+    buffer = io.BytesIO()
+    torch.save(list(sae.parameters()), buffer)
+    buffer.seek(0)
+    assert len(torch.load(buffer, weights_only=True)) == 4
+    opt.step()
 
 
 def test_low_precision_keeps_fp32_moments():

@@ -7,6 +7,7 @@ appends (v, indices, rows) to it instead of forming dW. The optimizer consumes t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,17 @@ class Factor:
             )
 
 
+class _Sink(list[Factor]):
+    """The list. It is not part of the parameter's value: pickled, it is no list of factors."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # a type that torch.load(weights_only=True) takes
+
+
 def own(param: torch.Tensor) -> None:
     """Makes the backward pass record factors for `param` from now on."""
     if factors(param) is None:
-        setattr(param, _ATTRIBUTE, [])
+        setattr(param, _ATTRIBUTE, _Sink())
 
 
 def disown(param: torch.Tensor) -> None:
@@ -58,7 +66,8 @@ def disown(param: torch.Tensor) -> None:
 
 def factors(param: torch.Tensor) -> list[Factor] | None:
     """The recorded factors of a parameter; None when nothing owns it."""
-    return getattr(param, _ATTRIBUTE, None)
+    sink = getattr(param, _ATTRIBUTE, None)
+    return sink if isinstance(sink, _Sink) else None
 
 
 def records(param: torch.Tensor) -> bool:
@@ -73,6 +82,18 @@ def records(param: torch.Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def _wanted(ctx: Any) -> bool:
+    """Whether this backward pass is to reach the weight, the second input of the function.
+
+    Not when only other gradients were asked for, as by `torch.autograd.grad(loss, x)` or
+    `loss.backward(inputs=[x])`: torch would leave the weight's gradient alone as well.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[1][0]))
+    except RuntimeError:  # torch.autograd.grad asked for the weight itself: refused as unused
+        return False
 
 
 class _RecordEncode(torch.autograd.Function):
@@ -95,8 +116,9 @@ class _RecordEncode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         values, indices, x = ctx.saved_tensors
-        grad_pre = grad * (values > 0) if ctx.relu else grad
-        ctx.sink.append(Factor(flat(grad_pre.detach()), flat(indices), flat(x.detach())))
+        if _wanted(ctx):
+            grad_pre = grad * (values > 0) if ctx.relu else grad
+            ctx.sink.append(Factor(flat(grad_pre.detach()), flat(indices), flat(x.detach())))
         return grad, None, None, None, None
 
 
@@ -119,7 +141,8 @@ class _RecordDecode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         values, indices = ctx.saved_tensors
-        ctx.sink.append(Factor(flat(values.detach()), flat(indices), flat(grad.detach())))
+        if _wanted(ctx):
+            ctx.sink.append(Factor(flat(values.detach()), flat(indices), flat(grad.detach())))
         return grad, None, None, None
 
 

@@ -94,8 +94,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    _common.refuse_double_backward(_OP, (grad, *ctx.saved_tensors))
-    values, indices, W_dec = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing frees what was unpacked
+    _common.refuse_double_backward(_OP, (grad, *saved))
+    values, indices, W_dec = saved
     dvalues = dW_dec = db_dec = None
     if ctx.needs_input_grad[0]:
         dvalues = torch.ops.fastsae.sparse_grad_values(grad, indices, W_dec)

@@ -158,8 +158,9 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
-    _common.refuse_double_backward(_OP, (grad, *ctx.saved_tensors))
-    x, W_enc, values, indices = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing frees what was unpacked
+    _common.refuse_double_backward(_OP, (grad, *saved))
+    x, W_enc, values, indices = saved
     grad_pre = grad * (values > 0) if ctx.relu else grad
     f = W_enc.shape[0]
     dx = dW_enc = db_enc = None

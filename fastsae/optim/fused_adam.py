@@ -160,7 +160,16 @@ class FusedAdam(torch.optim.Optimizer):
             sink.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads its own or `torch.optim.Adam`'s state; moments keep the precision they came in."""
+        """Loads its own or `torch.optim.Adam`'s state; moments keep the precision they came in.
+
+        Raises:
+            ValueError: the state is of a variant that this is not (amsgrad, maximize, AdamW), or as
+                in torch.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize", "decoupled_weight_decay"):
+                if group.get(option):
+                    raise ValueError(f"FusedAdam: the saved state has {option}, which it has not")
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         mine = chain.from_iterable(g["params"] for g in self.param_groups)
