@@ -114,8 +114,10 @@ def test_measures() -> None:
     assert token_share(tokens, torch.tensor([1])) == 3 / 8
     assert distinct_bigrams(tokens) == pytest.approx((2 / 3 + 1) / 2)
     base = Point("none", 0, 0.1, 0.8, 3.0)
-    steered = Point("clamp", 2, 0.5, 0.4, 4.0)
-    assert net_effect(steered, base, loss_scale=4.0) == pytest.approx(0.4 - 0.25 - 0.5)
+    steered = Point("clamp", 2, 0.2, 0.4, 4.0)
+    assert net_effect(steered, base, loss_scale=4.0) == pytest.approx(0.1 - 0.25 - 0.5)
+    too_far = Point("clamp", 2, 0.9, 0.8, 3.0)  # gains count up to a quarter of all tokens
+    assert net_effect(too_far, base, loss_scale=4.0) == pytest.approx(0.15)
     x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     assert difference_of_means(x, torch.tensor([False, True])).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="no token"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,10 @@ def quickstart(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Any]]:
-    """Gives `progress(title, total)`: a context manager whose value advances the bar."""
+    """Gives `progress(title, total)`: a context manager whose value advances the bar.
+
+    Where stderr is no terminal, one line per finished step takes the place of the bars.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -71,6 +75,11 @@ def _progress() -> Iterator[Callable[[str, int], Any]]:
     )
     from rich.text import Text
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines
+        return
+
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
@@ -80,7 +89,7 @@ def _progress() -> Iterator[Callable[[str, int], Any]]:
 
     with Progress(
         TextColumn("{task.description:<34}"), BarColumn(30), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), Rate(), console=Console(stderr=True),
+        TimeElapsedColumn(), Rate(), console=console,
     ) as bars:  # fmt: skip
 
         @contextmanager
@@ -90,6 +99,13 @@ def _progress() -> Iterator[Callable[[str, int], Any]]:
             bars.update(task, completed=total)
 
         yield step
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    start = time.perf_counter()
+    yield lambda n: None
+    typer.echo(f"{title}: {time.perf_counter() - start:.1f} s", err=True)
 
 
 def _summary(result: Result, page: Path) -> None:

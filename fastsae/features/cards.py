@@ -102,7 +102,7 @@ def score_latents(
         effect: [F, V] from `logit_effect`.
         token_counts: [V] how often each token occurs in the text of the statistics. Tokens that
             hardly occur are no candidates for promotion: their embeddings are noise.
-        words: [V] bool, tokens with a letter or digit. Latents of line ends and brackets are many
+        words: [V] bool, tokens that say something alone. Latents of line ends and brackets are many
             and say little, so words count for more.
     """
     n_latents = len(stats.count)

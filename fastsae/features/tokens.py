@@ -41,7 +41,7 @@ class TokenText:
 class TokenMass:
     """For every latent, the activation that falls on each token id: a sparse [F, V] sum.
 
-    Holds one entry per (latent, token) that occurs, and up to `pending` more before they are merged.
+    Holds one entry per (latent, token) that occurs, and up to `pending` more until they are merged.
     """
 
     def __init__(self, n_latents: int, n_tokens: int, *, pending: int = 1 << 22):

@@ -1,4 +1,4 @@
-"""Small line charts as inline SVG. Colours are CSS variables of the page, so they follow its theme."""
+"""Small line charts as inline SVG. Colours are CSS variables, so they follow the page's theme."""
 
 from __future__ import annotations
 

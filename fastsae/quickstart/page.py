@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..steer.sweep import ENOUGH
 from .charts import Series, line_chart
 from .settings import ASSETS
 
@@ -34,6 +35,7 @@ def render(report: dict[str, Any]) -> str:
         s=steering,
         curve=_curve(report),
         sweep=[] if steering is None else _sweep_charts(steering),
+        enough=ENOUGH,
         rows=[] if steering is None else _sweep_rows(steering),
     )
 

@@ -148,6 +148,8 @@ def run(settings: Settings, progress: Progress) -> Result:
             settings, subject.model, subject.module, subject.tokenizer, training.sae, store,
             held_out, found, splice, progress,
         )  # fmt: skip
+        if steering is not None and steering.feature not in [c.index for c in found.cards]:
+            found.cards[-1:] = [found.card(steering.feature)]
     return Result(
         settings, subject, training, quality, splice, found.cards, steering,
         found.stats.n_tokens, seconds,
@@ -381,9 +383,10 @@ class Found:
     fires: TokenMass
     follows: TokenMass
     promoted: torch.Tensor  # [F, P] token ids
-    words: torch.Tensor  # [V] bool, tokens with a letter or digit
+    words: torch.Tensor  # [V] bool, tokens with three letters or a digit
     cards: list[Card]
     candidates: list[int]
+    card: Callable[[int], Card]
 
 
 @torch.no_grad()
@@ -417,20 +420,26 @@ def study_latents(
     text = TokenText(subject.tokenizer)
     words = torch.zeros(vocabulary, dtype=torch.bool)
     for token in counts.nonzero().flatten().tolist():
-        words[token] = any(c.isalnum() for c in text[token])
+        words[token] = _is_word(text[token])
     min_count = max(3, min(100, stats.n_tokens // 2500))
     scores = score_latents(stats, fires, follows, effect, counts, words, min_count=min_count)
     many = 2 * max(settings.cards, settings.candidates)
     chosen = choose_latents(scores, fires, sae.W_dec, many)
     # a reader sees words come and go: candidates for steering promote mostly words
     worded = [j for j in chosen if words[scores.promoted[j]].float().mean() >= 0.6]
-    cards = [
-        make_card(j, sae, store, stats, scores, fires, follows, effect, text)
-        for j in chosen[: settings.cards]
-    ]
+
+    def card(latent: int) -> Card:
+        return make_card(latent, sae, store, stats, scores, fires, follows, effect, text)
+
+    cards = [card(j) for j in chosen[: settings.cards]]
     return Found(
-        stats, fires, follows, scores.promoted, words, cards, worded[: settings.candidates]
+        stats, fires, follows, scores.promoted, words, cards, worded[: settings.candidates], card
     )
+
+
+def _is_word(text: str) -> bool:
+    """Three letters or a digit: enough for a reader to see what it is."""
+    return sum(c.isalpha() for c in text) >= 3 or any(c.isdigit() for c in text)
 
 
 # -- what is written ------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Settings:
     plain_steps: int = 15  # of the comparison, each
 
     cards: int = 24
-    candidates: int = 32  # latents screened for steering
+    candidates: int = 24  # latents screened for steering
     sample_tokens: int = 64
     samples: int = 16  # texts per point of the sweep
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-    screen_strengths: tuple[float, ...] = (1.0, 2.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0)
+    screen_strengths: tuple[float, ...] = (1.0, 1.75)

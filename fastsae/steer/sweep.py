@@ -90,9 +90,13 @@ def damage(point: Point, base: Point, loss_scale: float) -> float:
     return added + repeated
 
 
+ENOUGH = 0.25  # of all tokens: text that holds more of one concept no longer reads as text
+
+
 def net_effect(point: Point, base: Point, loss_scale: float) -> float:
-    """Gain in the share of the feature's own tokens, minus the damage."""
-    return (point.share - base.share) - damage(point, base, loss_scale)
+    """Gain in the share of the feature's own tokens, up to `ENOUGH`, minus the damage."""
+    gain = min(point.share, max(ENOUGH, base.share)) - base.share
+    return gain - damage(point, base, loss_scale)
 
 
 def difference_of_means(activations: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
