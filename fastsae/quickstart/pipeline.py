@@ -339,7 +339,8 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
     with progress("Timing against plain PyTorch", 2 * settings.plain_steps) as advance:
         batches = store.shuffled(batch_size, settings.plain_steps, generator)
         for i, x in enumerate(batches):
-            for which, step_function in enumerate((fused_step, plain)):
+            functions: tuple[Callable[[torch.Tensor], Any], ...] = (fused_step, plain)
+            for which, step_function in enumerate(functions):
                 begin = time.perf_counter()
                 step_function(x)
                 if device.type == "cuda":

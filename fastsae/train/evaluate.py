@@ -17,9 +17,10 @@ from .activations import Windows, edited
 class SparseCoder(Protocol):
     """What the functions here need of an SAE (`fastsae.nn.TopKSAE` has it)."""
 
-    W_enc: torch.Tensor
-    W_dec: torch.Tensor
-
+    @property
+    def W_enc(self) -> torch.Tensor: ...
+    @property
+    def W_dec(self) -> torch.Tensor: ...
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor: ...
 
