@@ -216,6 +216,33 @@ def test_filter_equals_exhaustive_rescoring(bf16_level):
         assert got[2][3] < 12 * n * k, "the filter lets too much through"
 
 
+@pytest.mark.parametrize("kind", ["signed", "zero", "nan", "denormal", "huge", "minus-one"])
+def test_filter_under_any_rank_scale(bf16_level, kind):
+    """Negative, zero, NaN and extreme scales: still bit for bit the exhaustive answer."""
+    g = torch.Generator().manual_seed(2)
+    x, W, b = problem(80, 70, 1700)
+    x[::9] *= 1e11
+    scale = torch.randn(1700, generator=g)
+    if kind == "zero":
+        scale.zero_()
+    elif kind == "nan":
+        scale[::7], scale[::11] = float("nan"), 0
+    elif kind == "denormal":
+        scale *= 1e-42
+    elif kind == "huge":
+        scale *= 1e30
+        scale[::13] = float("inf")
+    elif kind == "minus-one":
+        scale.fill_(-1)
+    got = encode(x, W, b, 70, "filter", scale=scale)  # 70: rows are no whole number of vectors
+    want = encode(x, W, b, 70, "dot", scale=scale)
+    if got[2][0] == 3:  # the rest was summed in another order
+        assert (got[1] == want[1]).float().mean() > 0.99
+    else:
+        assert torch.equal(got[1], want[1])
+        assert torch.equal(got[0].nan_to_num(0.5), want[0].nan_to_num(0.5))
+
+
 def halfway(shape, g):
     """Numbers exactly between two bf16 neighbours, where rounding loses most."""
     bits = torch.randint(0x3F00, 0x4080, shape, generator=g, dtype=torch.int32)

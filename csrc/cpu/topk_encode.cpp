@@ -167,7 +167,7 @@ class Encoder {
     g_stats[1] = n_;
     g_stats[2] = f_;
     g_stats[3] = 0;
-    int64_t row_bytes = (capacity_ + kSlack) * (sizeof(A) + 4) + 32 + d_ * sizeof(A);
+    int64_t row_bytes = row_stride() * (sizeof(A) + 4) + 32 + d_ * sizeof(A);
     if (filter) row_bytes += d_ * 2 + pending_stride() * 12;
     const int64_t most = std::max<int64_t>(1, kRowBytes / row_bytes);
     const int64_t blocks = (n_ + most - 1) / most;
@@ -214,15 +214,18 @@ class Encoder {
     Rows<A> rows;
   };
 
+  // Whole vectors: the selection reads to the end of the one that holds a row's last candidate.
+  int64_t row_stride() const { return round_up(capacity_ + kSlack, 16); }
+
   void init_rows(RowState& s, int64_t n) const {
-    const int64_t stride = capacity_ + kSlack;
+    const int64_t stride = row_stride();
     s.rank.resize(n * stride);
     s.index.resize(n * stride);
     s.threshold.resize(n);
     s.count.resize(n);
     std::fill_n(s.threshold.get(), n, std::numeric_limits<A>::quiet_NaN());
     std::fill_n(s.count.get(), n, 0);
-    const bool small = kernels_.shrink && capacity_ + kSlack <= kSelect;
+    const bool small = kernels_.shrink && row_stride() <= kSelect;
     s.rows = {s.rank.get(),
               s.index.get(),
               s.threshold.get(),
@@ -313,7 +316,8 @@ class Encoder {
         const double slack = std::abs(bias) * 0x1p-20 + static_cast<double>(d_ + 8) * 0x1p-124;
         const double dw = norm_above(residual[i], d_), norm = norm_above(square[i], d_) + dw;
         const bool tame = std::abs(scale) <= 0x1p40 && std::abs(bias) <= 0x1p40;
-        const double size = std::abs(scale);
+        // Not below 2^-60: the products of norms must not become denormal, which would lose bits.
+        const double size = std::max(std::abs(scale), 0x1p-60);
         fc.scale[c] = static_cast<float>(scale);
         fc.upper[c] = static_cast<float>(bias * scale + (slack * size + 0x1p-120));
         fc.lower[c] = static_cast<float>(bias * scale - (slack * size + 0x1p-120));
@@ -442,7 +446,7 @@ class Encoder {
 
   // Groups of latents that run side by side, each with its own row states.
   int64_t groups_for(int64_t n) const {
-    const int64_t bytes = n * (capacity_ + kSlack) * int64_t(sizeof(A) + 4);
+    const int64_t bytes = n * row_stride() * int64_t(sizeof(A) + 4);
     return std::max<int64_t>(1, std::min(threads_, std::min(f_ / 256, (16 << 20) / bytes)));
   }
 

@@ -77,7 +77,7 @@ struct Rows {
   T* threshold;      // [rows]
   int64_t* count;    // [rows]
   int64_t capacity;  // > k
-  int64_t stride;    // capacity + kSlack: a whole vector may be stored past the end
+  int64_t stride;    // capacity + kSlack or more: a whole vector may be stored past the end
   int64_t k;
   void (*shrink)(Rows&, int64_t row);  // keeps the k best, raises the threshold
 
