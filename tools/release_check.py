@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["test_sparse_*.py", "test_topk_encode.py", "test_cpu_*.py", "test_dispatch.py"]
+TESTS = ["test_sparse_*.py", "test_topk_encode*.py", "test_cpu_*.py", "test_dispatch.py"]
 
 
 def run(*command: str | Path, **kwargs) -> str:
