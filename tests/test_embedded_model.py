@@ -19,7 +19,7 @@ FOLDER = Path(fastsae.__file__).parent / "assets" / "tiny_python_lm"
 REPORT = json.loads((FOLDER / "training_report.json").read_text())
 # Held-out modules that every Python has; the rest of the split is in the report.
 SLICE = ("json/decoder.py", "json/encoder.py", "sched.py")
-SLICE_BITS_PER_BYTE = 1.60
+SLICE_BITS_PER_BYTE = 1.40  # 1.27 on the files of 3.11
 
 
 @pytest.fixture(scope="module")

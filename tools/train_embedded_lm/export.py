@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from fastsae.train.text import HELD_OUT_MODULES
 
 # The beginnings that the card shows continued; none occurs in the corpus as it stands.
-PROMPTS = ['def read_header(self, line):\n    """', "class BufferedConnection(object):\n"]
+PROMPTS = ['def read_header(self, line):\n    """', "class BufferedConnection(object):"]
 
 
 def write_model(weights: dict[str, torch.Tensor], tokenizer_file: Path, out: Path) -> None:
@@ -51,8 +51,9 @@ def write_model(weights: dict[str, torch.Tensor], tokenizer_file: Path, out: Pat
         "eos_token_id": end,
         "pad_token_id": end,
         "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 40,
+        "temperature": 0.8,
+        "top_k": 0,
+        "top_p": 0.95,
     }
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
