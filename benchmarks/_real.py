@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fastsae
 
-STEPS, BATCH = 600, 2048
+STEPS, BATCH = 400, 2048
 
 
 def trained_sae(
