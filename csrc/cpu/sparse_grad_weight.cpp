@@ -47,7 +47,7 @@ Tensor sparse_grad_weight_cpu(const Tensor& values, const Tensor& indices, const
   const char* op = "sparse_grad_weight";
   const Factors s = check_factors(op, values, indices, rows);
   const Groups groups = group_by_latent(op, data<int32_t>(indices), s.N, s.K, n_latents);
-  Tensor out = torch::stable::new_empty(rows, {n_latents, s.D});
+  Tensor out = new_result(rows, {n_latents, s.D});
   run(op, s, groups, values, rows, nullptr, out);
   return out;
 }
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> sparse_grad_weight_rows_cpu(const Tensor& values, con
   const int64_t count = static_cast<int64_t>(active.size());
   Tensor latents = torch::stable::new_empty(indices, {count});
   std::copy(active.begin(), active.end(), mutable_data<int32_t>(latents));
-  Tensor out = torch::stable::new_empty(rows, {count, s.D});
+  Tensor out = new_result(rows, {count, s.D});
   run(op, s, groups, values, rows, &active, out);
   return {latents, out};
 }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._memory import advise_huge_pages
 from ..ops import _factors, sparse_decode, topk_encode
 from ..optim import set_unit_norm
 from . import _files
@@ -81,9 +82,9 @@ class TopKSAE(nn.Module):
         self.activation = activation
         self.rank_by_decoder_norm = rank_by_decoder_norm
         like: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **like))
+        self.W_enc = nn.Parameter(advise_huge_pages(torch.empty(d_sae, d_in, **like)))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **like))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **like))
+        self.W_dec = nn.Parameter(advise_huge_pages(torch.empty(d_sae, d_in, **like)))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **like))
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("last_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.adam import adam as torch_adam
 
+from .._memory import advise_huge_pages
 from ..ops import _factors
 from ..ops._factors import Factor
 from ..ops.sparse_adam_step import sparse_adam_step
@@ -243,8 +244,8 @@ class FusedAdam(torch.optim.Optimizer):
                 "dtype": _moment_dtype(param),
                 "memory_format": torch.contiguous_format,
             }
-            state["exp_avg"] = torch.zeros_like(param, **like)
-            state["exp_avg_sq"] = torch.zeros_like(param, **like)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = advise_huge_pages(torch.empty_like(param, **like)).zero_()
         return state
 
     def _fused(self, param: torch.Tensor, group: dict[str, Any], factor: Factor) -> None:
