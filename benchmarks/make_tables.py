@@ -221,7 +221,7 @@ def memory() -> str:
         r = encode_rows[0]
         text += (
             f"Memory of one encode beyond its inputs, MB (N={r['N']}, D={r['D']}, K={r['K']}); "
-            "fastsae's figure includes the outputs and the packed bf16 weights.\n\n"
+            "fastsae's figure includes the outputs and its packed bf16 tiles.\n\n"
         )
         text += table(["F", "[N, F] fp32 once", *systems], lines)
     for r in rows:
