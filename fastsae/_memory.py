@@ -31,7 +31,8 @@ def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     A step over the weights and moments touches gigabytes: with pages of 4 kB a third of it is
     spent on address translation. Only advice: nothing happens where the system has none to give.
     """
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and _madvise() is not None:
+    real = type(tensor) is torch.Tensor  # fake tensors have no address
+    if real and tensor.device.type == "cpu" and tensor.is_contiguous() and _madvise() is not None:
         begin = tensor.data_ptr()
         end = begin + tensor.numel() * tensor.element_size()
         begin, end = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE

@@ -318,3 +318,13 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
         _files.write_atomic(tmp_path / "sae.safetensors", fail)
     assert len(list(tmp_path.iterdir())) == 2
     assert torch.equal(TopKSAE.from_pretrained(tmp_path).W_enc, old.W_enc)
+
+
+def test_can_be_built_from_fake_tensors():
+    """Tools that plan memory build modules under FakeTensorMode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        sae = TopKSAE(4096, 8192, 4)
+        values, indices = sae.eval().encode(torch.empty(3, 4096))
+    assert values.shape == indices.shape == (3, 4)
