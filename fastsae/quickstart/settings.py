@@ -25,7 +25,7 @@ class Settings:
     hook: str | None = None  # a module's path instead of layer
 
     tokens: int = 300_000  # activations harvested for training
-    held_out_tokens: int = 32_768
+    held_out_tokens: int = 24_576
     stats_tokens: int = 200_000  # of the training activations, for the latents' statistics
     context: int = 256
     max_bytes: int = 2 << 30  # of activations kept

@@ -151,7 +151,7 @@ def steer(
     count = min(settings.samples, len(held_out))
     length = min(24, held_out.tokens.shape[1] // 2)
     prompts = held_out.tokens[:count, :length]
-    loss_windows = held_out.select(range(min(16, len(held_out))))
+    loss_windows = held_out.select(range(min(8, len(held_out))))
     loss_scale = max(1e-6, splice.ce_zero_ablated - splice.ce_clean)
     points = 2 * len(settings.strengths)
     candidates = torch.tensor(found.candidates)
@@ -231,7 +231,7 @@ def _screen(
 ) -> list[Screened]:
     """Every candidate at a few strengths, all candidates in one batch of samples."""
     each = min(6, len(prompts))
-    few = loss_windows.select(range(min(4, len(loss_windows))))
+    few = loss_windows.select(range(min(2, len(loss_windows))))
     best: dict[int, Screened] = {}
     rows = candidates.repeat_interleave(each)
     for strength in settings.screen_strengths:
