@@ -35,9 +35,13 @@ constexpr int64_t kChunkBytes = 4 << 20;    // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
 constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
 constexpr int64_t kRowBytes = 28 << 20;     // everything that is kept per row of a super-block
-constexpr int64_t kDotRows = 6;             // up to here packing W costs more than it saves
-constexpr int64_t kFilterRows = 64;         // from here the filter's packing pays
-constexpr double kRescoreLimit = 0.08;      // share of rescored pairs beyond which the filter loses
+// Measured on Zen 4 at D = 768, F = 24576 (benchmarks/NOTES.md): up to so many rows streaming W
+// beats packing it; more where only fp32 products come after packing.
+constexpr int64_t kDotRows = 12;
+constexpr int64_t kDotRowsWide = 48;    // AVX-512, fp32 products
+constexpr int64_t kFilterRows = 16;     // and 8 a thread, so that every thread has a panel
+constexpr int64_t kFilterRatio = 24;    // F / k below which too many pairs are rescored
+constexpr double kRescoreLimit = 0.08;  // share of rescored pairs beyond which the filter loses
 
 // Last call: [path (0 dot, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored pairs].
 std::atomic<int64_t> g_stats[4];
@@ -158,8 +162,10 @@ class Encoder {
     constexpr bool exact16 = std::is_same<In, bf16>::value;
     const bool packs = kMaxCols * round_up(d_, 2) * int64_t(sizeof(A)) <= (8 << 20);
     const bool can_filter = kernels_.scan_filter && !exact16 && packs;
-    bool dot = !packs || n_ <= kDotRows;
-    bool filter = can_filter && n_ >= kFilterRows && d_ >= 64 && k_ * 16 <= f_ && k_ <= 1024;
+    bool filter = can_filter && n_ >= std::max(kFilterRows, 8 * threads_) && d_ >= 64 &&
+                  k_ * kFilterRatio <= f_ && k_ <= 1024;
+    const bool wide = kernels_.cols == kMaxCols && !plain_bf16();
+    bool dot = !packs || (!filter && n_ <= (wide ? kDotRowsWide : kDotRows));
     if (path == "dot") dot = true;
     if (path == "plain" && packs) dot = filter = false;
     if (path == "filter" && can_filter && k_ <= 1024) filter = true, dot = false;

@@ -303,6 +303,21 @@ static void pack(const In* const* rows, int64_t d, A* out) {
   alignas(64) A tmp[kCols][kDepth];
   for (int64_t d0 = 0; d0 < d; d0 += kDepth) {
     const int64_t n = d - d0 < kDepth ? d - d0 : kDepth;
+#if FASTSAE_LEVEL >= 2
+    if constexpr (sizeof(A) == 4) {
+      if (n == kDepth && rows[kCols - 1]) {  // the last panel of W may be short: its end is null
+        for (int r = 0; r < kCols; r += 16) {
+          __m512i m[16];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) m[i] = _mm512_castps_si512(V::load(rows[r + i] + d0).v);
+          transpose16(m);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) _mm512_store_si512(out + (d0 + i) * kCols + r, m[i]);
+        }
+        continue;
+      }
+    }
+#endif
     for (int r = 0; r < kCols; ++r) {
       if (rows[r] && n == kDepth) {
         for (int64_t i = 0; i < kDepth; i += V::kLanes) V::load(rows[r] + d0 + i).store(tmp[r] + i);
@@ -312,21 +327,6 @@ static void pack(const In* const* rows, int64_t d, A* out) {
         }
       }
     }
-#if FASTSAE_LEVEL >= 2
-    if constexpr (sizeof(A) == 4) {
-      if (n == kDepth) {
-        for (int r = 0; r < kCols; r += 16) {
-          __m512i m[16];
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) m[i] = _mm512_load_si512(tmp[r + i]);
-          transpose16(m);
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (d0 + i) * kCols + r, m[i]);
-        }
-        continue;
-      }
-    }
-#endif
     for (int64_t i = 0; i < n; ++i) {
       for (int r = 0; r < kCols; ++r) out[(d0 + i) * kCols + r] = tmp[r][i];
     }
