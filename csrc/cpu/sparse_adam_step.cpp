@@ -2,7 +2,7 @@
 // step moves the parameter and its two moments once each way and nothing else.
 #include <cmath>
 
-#include "cpu/group_by_latent.h"
+#include "common/group_by_latent.h"
 #include "cpu/kernels.h"
 
 namespace fastsae {

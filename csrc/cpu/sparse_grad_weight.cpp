@@ -1,7 +1,7 @@
 // sparse_grad_weight: out[f] = sum over the pairs with indices[n, k] = f of values[n, k] rows[n],
 // dense or for the latents that occur only. Grouped by latent, so that every row of the result is
 // summed by one thread in one order: repeatable bit for bit.
-#include "cpu/group_by_latent.h"
+#include "common/group_by_latent.h"
 #include "cpu/kernels.h"
 
 #define FASTSAE_KERNEL "cpu/sparse_grad_weight.inl"

@@ -1,4 +1,4 @@
-#include "cpu/group_by_latent.h"
+#include "common/group_by_latent.h"
 
 namespace fastsae {
 namespace {
