@@ -14,6 +14,7 @@ import torch
 lib = torch.library.Library("fastsae", "DEF")
 
 PUBLIC_SCHEMAS = {
+    "topk": "(Tensor x, SymInt k) -> (Tensor values, Tensor indices)",
     "topk_encode": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str activation='relu', "
         "Tensor? rank_scale=None, Tensor? latents=None) -> (Tensor values, Tensor indices)"
@@ -39,6 +40,7 @@ PUBLIC_SCHEMAS = {
 # The compiled backends take what the Python side has already checked, flattened and made
 # contiguous: x [N, D], values and indices [N, K], indices int32.
 PRIVATE_SCHEMAS = {
+    "topk": "(Tensor x, int k) -> (Tensor, Tensor)",
     "topk_encode": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool relu, Tensor? rank_scale) "
         "-> (Tensor, Tensor)"

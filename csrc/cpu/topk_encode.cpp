@@ -90,32 +90,6 @@ inline float norm_above(float square, int64_t terms) {
   return norm <= 0x1p40 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
 }
 
-// Rows::shrink for any count.
-template <class T>
-void shrink_any(Rows<T>& rows, int64_t row) {
-  using Key = typename KeyOf<T>::Key;
-  const int64_t n = rows.count[row], k = rows.k;
-  if (n < k) return;
-  T* rank = rows.rank + row * rows.stride;
-  int32_t* index = rows.index + row * rows.stride;
-  static thread_local std::vector<Key> keys;
-  keys.resize(n);
-  for (int64_t i = 0; i < n; ++i) keys[i] = make_key<T>(rank[i], index[i]);
-  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<Key>());
-  const Key kth = keys[k - 1];
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (make_key<T>(rank[i], index[i]) < kth) continue;
-    rank[kept] = rank[i];
-    index[kept++] = index[i];
-  }
-  rows.count[row] = k;
-  const T threshold = key_rank<T>(kth);
-  // k NaN seen: only NaN may still enter, and loses.
-  rows.threshold[row] = threshold != threshold ? std::numeric_limits<T>::infinity() : threshold;
-  if (n > kSelect) std::vector<Key>().swap(keys);
-}
-
 template <class In>
 Kernels<acc_t<In>, In> kernels_at(CpuLevel level) {
 #if FASTSAE_X86

@@ -3,94 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-#include <limits>
+
+#include "cpu/select.h"
 
 namespace fastsae {
 namespace topk {
 
 constexpr int kMaxRows = 14;  // rows of the widest microkernel: 14 x 2 accumulators of 32 registers
 constexpr int kMaxCols = 32;
-constexpr int kSlack = 32;
-
-// Keys order (rank descending, ties by lowest index, NaN first) as plain unsigned integers.
-template <class T>
-struct KeyOf;
-
-template <>
-struct KeyOf<float> {
-  using Key = uint64_t;
-  using Bits = uint32_t;
-  static constexpr int kShift = 32;
-};
-
-template <>
-struct KeyOf<double> {
-  __extension__ using Key = unsigned __int128;
-  using Bits = uint64_t;
-  static constexpr int kShift = 64;
-};
-
-template <class T>
-static inline typename KeyOf<T>::Key make_key(T rank, int32_t index) {
-  using Bits = typename KeyOf<T>::Bits;
-  using Key = typename KeyOf<T>::Key;
-  constexpr Bits sign = Bits(1) << (sizeof(Bits) * 8 - 1);
-  Bits bits;
-  std::memcpy(&bits, &rank, sizeof bits);
-  if (rank == T(0)) bits = 0;  // -0 ties with +0
-  bits = rank != rank ? ~Bits(0) : (bits & sign) ? ~bits : (bits | sign);
-  return (Key(bits) << KeyOf<T>::kShift) | Key(Bits(0xffffffffu - static_cast<uint32_t>(index)));
-}
-
-template <class T>
-static inline int32_t key_index(typename KeyOf<T>::Key key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-}
-
-template <class T>
-static inline T key_rank(typename KeyOf<T>::Key key) {
-  using Bits = typename KeyOf<T>::Bits;
-  constexpr Bits sign = Bits(1) << (sizeof(Bits) * 8 - 1);
-  const Bits order = static_cast<Bits>(key >> KeyOf<T>::kShift);
-  if (order == ~Bits(0)) return std::numeric_limits<T>::quiet_NaN();
-  const Bits bits = (order & sign) ? (order ^ sign) : ~order;
-  T rank;
-  std::memcpy(&rank, &bits, sizeof rank);
-  return rank;
-}
-
-// The rank whose order is given, as a threshold: k NaN seen means that only NaN may still enter.
-static inline float threshold_from_order(uint32_t order) {
-  if (order >= 0xff800000u) return std::numeric_limits<float>::infinity();
-  return key_rank<float>(static_cast<uint64_t>(order) << 32);
-}
-
-// The best so far of a set of rows: ranks and indices in order of index, cut to the k best when
-// they reach `capacity`. A score enters when !(score <= threshold): strict, because a later latent
-// loses a tie; NaN as the threshold lets everything in (fewer than k seen), NaN as the score always
-// enters.
-template <class T>
-struct Rows {
-  T* rank;           // [rows, stride]
-  int32_t* index;    // [rows, stride]
-  T* threshold;      // [rows]
-  int64_t* count;    // [rows]
-  int64_t capacity;  // > k
-  int64_t stride;    // capacity + kSlack or more: a whole vector may be stored past the end
-  int64_t k;
-  void (*shrink)(Rows&, int64_t row);  // keeps the k best, raises the threshold
-
-  inline void add(int64_t row, T r, int32_t i) {
-    int64_t& n = count[row];
-    rank[row * stride + n] = r;
-    index[row * stride + n] = i;
-    if (++n >= capacity) shrink(*this, row);
-  }
-};
-
-// Ranks up to this many are selected by the vectorised kernel, more by std::nth_element.
-constexpr int64_t kSelect = 4096;
 
 // Scores of packed row panels against packed latent panels, appended to `rows`.
 template <class T>

@@ -4,6 +4,7 @@ from .sparse_adam_step import sparse_adam_step
 from .sparse_decode import sparse_decode
 from .sparse_grad_values import sparse_grad_values
 from .sparse_grad_weight import sparse_grad_weight
+from .topk import topk
 from .topk_encode import topk_encode
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "sparse_decode",
     "sparse_grad_values",
     "sparse_grad_weight",
+    "topk",
     "topk_encode",
 ]

@@ -8,6 +8,7 @@ from .sparse_adam_step import sparse_adam_step
 from .sparse_decode import sparse_decode
 from .sparse_grad_values import sparse_grad_values
 from .sparse_grad_weight import sparse_grad_weight, sparse_grad_weight_rows
+from .topk import topk
 from .topk_encode import topk_encode
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "sparse_grad_values",
     "sparse_grad_weight",
     "sparse_grad_weight_rows",
+    "topk",
     "topk_encode",
 ]
