@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from .._library import lib
 
@@ -100,6 +101,59 @@ def refuse_double_backward(op: str, grads: tuple[torch.Tensor | None, ...]) -> N
         raise RuntimeError(f"{op}: double backward is not supported; detach the gradient first")
 
 
+def refuse_transforms(op: str, *tensors: torch.Tensor | None) -> None:
+    """Forward-mode AD would drop the tangents, and torch.func cannot trace these ops' backward.
+
+    Ordinary backward and torch.vmap (see `register`) work.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, "
+            "torch.autograd.forward_ad) is not supported; use loss.backward()"
+        )
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        and any(t is not None and t.requires_grad for t in tensors)
+        and any(
+            level.key() == torch._C._functorch.TransformType.Grad
+            for level in torch._C._functorch.get_interpreter_stack()
+        )
+    ):
+        raise RuntimeError(
+            f"{op}: torch.func.grad, vjp, jacrev and hessian are not supported; use "
+            "loss.backward() or torch.autograd.grad (for a Jacobian, one call per output row)"
+        )
+
+
+def _vmap_rule(op: str, batched: int) -> Callable[..., Any]:
+    """The op over a batch: one call where only the first `batched` arguments carry it, as one more
+    leading dimension; else a call per example."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        call = getattr(torch.ops.fastsae, op)
+        refuse_transforms(op, *(a for a in args if isinstance(a, torch.Tensor)))
+        if all(d is None for d in in_dims[batched:]):
+            leading = (
+                a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
+                for a, d in zip(args[:batched], in_dims, strict=False)
+            )
+            out = call(*leading, *args[batched:])
+            return out, 0 if isinstance(out, torch.Tensor) else (0,) * len(out)
+        outs = [
+            call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(outs[0], torch.Tensor):
+            return torch.stack(outs), 0
+        return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
+
+    return rule
+
+
 def no_gradient(op: str) -> Callable[..., NoReturn]:
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
         raise RuntimeError(
@@ -117,8 +171,11 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
+    vmap_batched: int | None = None,
 ) -> None:
-    """Registers an op's implementation, fake, autograd and autocast rule.
+    """Registers an op's implementation, fake, autograd, autocast and vmap rule.
+
+    `vmap_batched`: how many of the first arguments take any leading dimensions.
 
     `autocast` maps the op's arguments to what it runs on inside an autocast region: activations are
     cast to the weights' dtype (never the weights, which would be a copy of them per call).
@@ -129,6 +186,8 @@ def register(
         torch.library.register_autograd(
             f"fastsae::{op}", backward, setup_context=setup_context, lib=lib
         )
+    if vmap_batched is not None:
+        torch.library.register_vmap(f"fastsae::{op}", _vmap_rule(op, vmap_batched), lib=lib)
     if autocast is not None:
         overload = getattr(torch.ops.fastsae, op).default
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

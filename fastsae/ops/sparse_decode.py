@@ -33,6 +33,7 @@ def sparse_decode(
         rounded once; runs are repeatable bit for bit.
 
     Gradients reach values, W_dec and b_dec. Inside autocast, values are cast to the dtype of W_dec.
+    Under `torch.vmap` a batch of pairs is one call; torch.func's gradient transforms are refused.
     [N, K, D] is never allocated.
 
     Raises:
@@ -42,6 +43,7 @@ def sparse_decode(
 
     Source: the sparse decoder of Gao et al. 2024, section 2.
     """
+    _common.refuse_transforms(_OP, values, W_dec, b_dec)
     if _factors.records(W_dec):
         out = torch.ops.fastsae.sparse_decode(values, indices, W_dec.detach(), b_dec)
         return _factors.record_decode(out, W_dec, values.to(W_dec.dtype), indices)
@@ -117,5 +119,11 @@ def _autocast(
 
 
 _common.register(
-    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
+    _OP,
+    _run,
+    _fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=_autocast,
+    vmap_batched=2,
 )

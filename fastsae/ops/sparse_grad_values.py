@@ -34,6 +34,7 @@ def sparse_grad_values(
         ValueError, TypeError: shapes, devices or dtypes do not fit.
         RuntimeError: an index out of range (found on the CPU before anything is read).
     """
+    _common.refuse_transforms(_OP, grad_out, W_dec)
     out: torch.Tensor = torch.ops.fastsae.sparse_grad_values(grad_out, indices, W_dec)
     return out
 
@@ -69,4 +70,11 @@ def _autocast(
     return grad_out.to(W_dec.dtype), indices, W_dec
 
 
-_common.register(_OP, _run, _fake, backward=_common.no_gradient(_OP), autocast=_autocast)
+_common.register(
+    _OP,
+    _run,
+    _fake,
+    backward=_common.no_gradient(_OP),
+    autocast=_autocast,
+    vmap_batched=2,
+)

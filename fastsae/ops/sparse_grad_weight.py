@@ -46,6 +46,7 @@ def sparse_grad_weight(
         ValueError, TypeError: shapes, devices, dtypes or layout do not fit.
         RuntimeError: an index out of range (found on the CPU before anything is read).
     """
+    _common.refuse_transforms(_OP, values, rows)
     if layout == "dense":
         dense: torch.Tensor = torch.ops.fastsae.sparse_grad_weight(values, indices, rows, n_latents)
         return dense
@@ -117,7 +118,14 @@ def _autocast(
     return values.to(wide), indices, rows.to(wide), n_latents
 
 
-_common.register(_OP, _run, _fake, backward=_common.no_gradient(_OP), autocast=_autocast)
+_common.register(
+    _OP,
+    _run,
+    _fake,
+    backward=_common.no_gradient(_OP),
+    autocast=_autocast,
+    vmap_batched=0,
+)
 _common.register(
     _OP_ROWS, _run_rows, _fake_rows, backward=_common.no_gradient(_OP_ROWS), autocast=_autocast
 )

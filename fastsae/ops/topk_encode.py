@@ -51,7 +51,8 @@ def topk_encode(
         NaN or inf still gets k distinct in-range indices. Runs are repeatable bit for bit.
 
     Gradients reach x, W_enc and b_enc through the selected latents only. Inside autocast, x is cast
-    to the dtype of W_enc. No backend but `reference` allocates anything of size N x F.
+    to the dtype of W_enc. Under `torch.vmap` a batch of x is one call; torch.func's gradient
+    transforms are refused. No backend but `reference` allocates anything of size N x F.
 
     Raises:
         ValueError: a shape, device, k or activation does not fit.
@@ -60,6 +61,7 @@ def topk_encode(
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 3; `rank_scale` is
     SAELens's `rescale_acts_by_decoder_norm`.
     """
+    _common.refuse_transforms(_OP, x, W_enc, b_enc)
     if _factors.records(W_enc):
         values, indices = torch.ops.fastsae.topk_encode(
             x, W_enc.detach(), b_enc, k, activation, rank_scale, latents
@@ -187,5 +189,11 @@ def _autocast(
 
 
 _common.register(
-    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
+    _OP,
+    _run,
+    _fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=_autocast,
+    vmap_batched=1,
 )
