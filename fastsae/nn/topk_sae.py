@@ -42,7 +42,8 @@ class TopKSAE(nn.Module):
         seed: of the initial directions; None draws from torch's global generator.
 
     Parameters: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D]. Buffers, for dead latents:
-    tokens_seen [] and last_fired [F] int64, updated by `encode` in training mode only.
+    tokens_seen [] and last_fired [F] int64, updated by `encode` in training mode only, once a
+    batch also under activation checkpointing.
 
     Initially W_dec has random unit rows, W_enc is the same scaled down, biases are zero;
     `initialize_from_data` starts much closer.
@@ -208,7 +209,7 @@ class TopKSAE(nn.Module):
             activation=self.activation,
             rank_scale=self._rank_scale(),
         )
-        if self.training:
+        if self.training and not _recomputing():
             self._track(values.detach(), indices)
         return values, indices
 
@@ -389,6 +390,11 @@ class TopKSAE(nn.Module):
         sae.tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
         sae.last_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         return sae.eval()
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: `torch.utils.checkpoint` doing it again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _normalize_rows_(weight: torch.Tensor, generator: torch.Generator | None = None) -> None:
