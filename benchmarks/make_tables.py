@@ -29,7 +29,7 @@ def load(name: str) -> list[Row]:
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Rows of one shape together, by contender; shapes in the order of the issue's list."""
+    """Rows of one shape together, by contender; fp32 and large batches first."""
     out: dict[tuple[Any, ...], dict[str, Row]] = {}
     for r in rows:
         key = (r["dtype"] != "float32", -r["N"], -r["D"] if r["N"] > 1024 else 0, r["F"], r["K"])
