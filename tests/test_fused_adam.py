@@ -259,6 +259,8 @@ def test_checkpointing(owned, reentrant):
     for opt in optimizers:
         opt.step()
     close(plain, checkpointed, atol=0)
+    assert int(checkpointed.tokens_seen) == N  # the recomputation is no second batch
+    assert torch.equal(plain.last_fired, checkpointed.last_fired)
 
 
 def test_other_gradients_leave_the_weights_alone():
@@ -399,6 +401,34 @@ def test_refusals():
     opt.step()  # usable again
 
 
+def test_a_refused_group_changes_nothing():
+    sae = make()
+    extra = nn.Parameter(torch.zeros(3, 3))
+    opt = FusedAdam([sae.W_enc, sae.b_enc], lr=1e-2)
+    for options, message in (
+        ({"lr": -1.0}, "lr"),
+        ({"betas": (0.9, 2.0)}, "betas"),
+        ({"betas": 3}, "unpack"),
+        ({"lr": "fast"}, "fast"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            opt.add_param_group({"params": [extra], **options})
+        assert len(opt.param_groups) == 1
+        assert _factors.factors(extra) is None
+    opt.add_param_group({"params": [extra]})
+    assert len(opt.param_groups) == 2
+    x = batches(1)[0]
+    (sae(x) - x).square().mean().backward()
+    opt.step()
+
+    # a constructor that refuses takes nothing from the present owner
+    (sae(x) - x).square().mean().backward()
+    with pytest.raises(ValueError, match="lr") as refused:
+        FusedAdam([{"params": [sae.W_enc]}, {"params": [sae.W_dec], "lr": -1.0}])
+    opt.step()
+    del refused
+
+
 def test_parameters_without_gradient_are_skipped():
     sae = make()
     before = sae.W_dec.detach().clone()
@@ -411,51 +441,78 @@ def test_parameters_without_gradient_are_skipped():
 # -- two processes ------------------------------------------------------------------------------
 
 
+def _shares(mode):
+    """Per step, the rows of the batch that each rank has; None: the rank runs no backward."""
+    even = [(slice(0, 27), slice(27, 54))] * 6
+    if mode == "ddp":
+        return even
+    uneven = [(slice(0, 20), slice(20, 54))] * 4
+    # one rank without a token, then an empty batch beside none at all, then nobody, then all again
+    nothing = slice(0, 0)
+    return [*uneven, (slice(0, 54), None), (nothing, None), (None, None), (None, nothing), *uneven]
+
+
 def _loop(rank, mode):
     sae = make()
-    group = torch.distributed.group.WORLD
-    if mode == "fused":
-        model, opt = sae, FusedAdam(sae.parameters(), lr=1e-2, process_group=group)
-    else:
+    if mode == "ddp":
         model = nn.parallel.DistributedDataParallel(sae)
         opt = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for x in batches(6, n=N + 6):
-        if mode == "fused":  # ranks of unequal size, and of unequal numbers of backward calls
-            part = x[:20] if rank == 0 else x[20:]
-            for piece in part.chunk(rank + 1):
+    else:
+        group = torch.distributed.group.WORLD
+        model, opt = sae, FusedAdam(sae.parameters(), lr=1e-2, process_group=group)
+    shares = _shares(mode)
+    for x, share in zip(batches(len(shares), n=N + 6), shares, strict=True):
+        if share[rank] is not None:
+            part = x[share[rank]]
+            # unequal numbers of backward calls as well
+            for piece in part.chunk(rank + 1) if mode == "fused" else [part]:
                 ((model(piece) - piece).square().sum() * 2 / x.numel()).backward()
-        else:
-            part = x.chunk(2)[rank]
-            (model(part) - part).square().mean().backward()
         opt.step()
         opt.zero_grad()
     return {n: p.detach() for n, p in sae.named_parameters()}
 
 
-def _worker(rank, folder):
+def _rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    torch.save({mode: _loop(rank, mode) for mode in ("fused", "ddp")}, f"{folder}/{rank}.pt")
-    sae = make()
-    model = nn.parallel.DistributedDataParallel(sae)
-    opt = FusedAdam(sae.parameters())
-    with pytest.raises(RuntimeError, match="process_group"):
-        model(batches(1)[0])
-    del opt
-    torch.distributed.destroy_process_group()
+    try:
+        torch.save({mode: _loop(rank, mode) for mode in ("fused", "ddp")}, f"{folder}/{rank}.pt")
+        sae = make()
+        model = nn.parallel.DistributedDataParallel(sae)
+        opt = FusedAdam(sae.parameters())
+        with pytest.raises(RuntimeError, match="process_group"):
+            model(batches(1)[0])
+        del opt
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _other_rank(_, folder):
+    _rank(1, folder)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    """All that needs two ranks: this process is one, because starting another is what costs."""
+    other = mp.spawn(_other_rank, (str(tmp_path),), nprocs=1, join=False)
+    try:
+        _rank(0, str(tmp_path))
+    except BaseException:
+        other.processes[0].kill()  # it would wait for this one
+        raise
+    other.join()
     states = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
     for mode, cls in (("fused", FusedAdam), ("ddp", torch.optim.Adam)):
         single = make()
         opt = cls(single.parameters(), lr=1e-2)
-        for x in batches(6, n=N + 6):
-            (single(x) - x).square().mean().backward()
+        shares = _shares(mode)
+        for x, share in zip(batches(len(shares), n=N + 6), shares, strict=True):
+            rows = [x[s] for s in share if s is not None]
+            if rows:
+                part = torch.cat(rows)
+                ((single(part) - part).square().sum() / x.numel()).backward()
             opt.step()
             opt.zero_grad()
         for name, param in single.named_parameters():

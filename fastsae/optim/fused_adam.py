@@ -96,18 +96,20 @@ class FusedAdam(torch.optim.Optimizer):
         lazy: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._track()
         self.process_group = process_group
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lazy": lazy,
         }  # fmt: skip
         super().__init__(params, defaults)
+        self._track()
 
     # -- ownership ----------------------------------------------------------------------------
 
     def _track(self) -> None:
         self._sinks: list[tuple[weakref.ref[torch.Tensor], list[Factor]]] = []
         self._finalizer = weakref.finalize(self, _release, self._sinks)
+        for group in self.param_groups:
+            self._own(group)
 
     def _own(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
@@ -125,32 +127,21 @@ class FusedAdam(torch.optim.Optimizer):
         self._sinks.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; a group that is refused leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        beta1, beta2 = group["betas"]
-        for name, value, ok in (
-            ("lr", group["lr"], float(group["lr"]) >= 0),
-            ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-            ("eps", group["eps"], group["eps"] >= 0),
-            ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-        ):
-            if not ok:
-                raise ValueError(f"FusedAdam: {name} is out of range, got {value}")
-        for param in group["params"]:
-            if has_unit_norm(param) and param.dim() != 2:
-                raise ValueError(
-                    f"FusedAdam: only [F, D] parameters can have unit-norm rows, got "
-                    f"{list(param.shape)}"
-                )
-        self._own(group)
+        try:
+            _check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if "_sinks" in self.__dict__:  # the constructor owns once all groups are accepted
+            self._own(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_sinks" not in self.__dict__:  # unpickled or deep-copied: new parameters, new owner
             self._track()
             self.__dict__.setdefault("process_group", None)
-            for group in self.param_groups:
-                self._own(group)
 
     # -- the optimizer ------------------------------------------------------------------------
 
@@ -314,6 +305,24 @@ class FusedAdam(torch.optim.Optimizer):
                     param.copy_(wide)
 
 
+def _check_group(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    for name, value, ok in (
+        ("lr", group["lr"], float(group["lr"]) >= 0),
+        ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
+        ("eps", group["eps"], group["eps"] >= 0),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    ):
+        if not ok:
+            raise ValueError(f"FusedAdam: {name} is out of range, got {value}")
+    for param in group["params"]:
+        if has_unit_norm(param) and param.dim() != 2:
+            raise ValueError(
+                f"FusedAdam: only [F, D] parameters can have unit-norm rows, got "
+                f"{list(param.shape)}"
+            )
+
+
 def _release(sinks: list[tuple[weakref.ref[torch.Tensor], list[Factor]]]) -> None:
     for ref, sink in sinks:
         param = ref()
@@ -392,11 +401,9 @@ def _exchange(
     """Factors of all ranks joined, divided by their number; ordinary gradients averaged."""
     world = dist.get_world_size(group)
     device = work[0][0].device
+    # N, K (0: nothing was recorded, not even an empty batch), and whether there is a gradient
     shape = torch.tensor(
-        [
-            [0, 0, p.grad is not None] if f is None else [*f.values.shape, p.grad is not None]
-            for p, f in work
-        ],
+        [[*((0, 0) if f is None else f.values.shape), p.grad is not None] for p, f in work],
         dtype=torch.int64,
         device=device,
     )
@@ -412,8 +419,8 @@ def _exchange(
             param.grad.div_(world)
         tokens = sizes[:, i, 0].tolist()
         n, k = max(tokens), int(sizes[:, i, 1].max())
-        if n == 0 or k == 0:
-            out.append(factor)
+        if k == 0:
+            out.append(None)
             continue
         values = param.new_zeros(n, k)
         indices = torch.zeros(n, k, dtype=torch.int32, device=param.device)
@@ -426,7 +433,8 @@ def _exchange(
         gathered = []
         for tensor in (values, indices, rows):
             parts = [torch.empty_like(tensor) for _ in range(world)]
-            dist.all_gather(parts, tensor, group=group)
+            if n > 0:  # else a step without gradient on every rank: moments decay alike
+                dist.all_gather(parts, tensor, group=group)
             gathered.append(torch.cat([p[:t] for p, t in zip(parts, tokens, strict=True)]))
         out.append(Factor(*gathered))
     return out
