@@ -17,10 +17,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("jinja2")
 
+from fastsae.nn import TopKSAE
 from fastsae.quickstart.charts import Series, line_chart, ticks
 from fastsae.quickstart.page import chip, flow, render
 from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
-from fastsae.quickstart.settings import EMBEDDED_MODEL, Settings
+from fastsae.quickstart.settings import EMBEDDED_MODEL, QuickstartError, Settings
 
 NEEDED = {
     "tokens", "tokens_per_s", "speedup_vs_torch", "fvu", "l0", "dead_fraction", "ce_clean",
@@ -137,8 +138,8 @@ def test_ticks_are_round_and_inside() -> None:
     assert all(0.013 <= t <= 0.47 for t in ticks(0.013, 0.47))
 
 
-def test_page_renders_without_steering(tmp_path: Path) -> None:
-    report: dict[str, Any] = {
+def report_of_nothing() -> dict[str, Any]:
+    return {
         "model": "<m>", "hook": "h", "d_sae": 8, "k": 2, "seed": 0, "tokens": 10,
         "tokens_per_s": 1.0, "speedup_vs_torch": 2.0, "fvu": 0.1, "l0": 2.0, "dead_fraction": 0.0,
         "held_out_tokens": 5, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_zero_ablated": 3.0,
@@ -146,6 +147,56 @@ def test_page_renders_without_steering(tmp_path: Path) -> None:
         "features": [], "steering": None,
         "timing": {"step_ms": 1.0, "plain_step_ms": 2.0, "threads": 1, "seconds": {}},
     }  # fmt: skip
-    html = render(report)
+
+
+def test_page_renders_without_steering() -> None:
+    html = render(report_of_nothing())
     assert "&lt;m&gt;" in html
     assert "<m>" not in html
+
+
+class _Result:
+    """What `write` needs of a Result, with the report given."""
+
+    def __init__(self, out: Path, report: dict[str, Any]) -> None:
+        from types import SimpleNamespace
+
+        self.settings = Settings(out=out)
+        self.training = SimpleNamespace(sae=TopKSAE(4, 8, 2))
+        self.report = lambda: report
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    """As when zeroing the layer costs the model nothing, or training diverges."""
+    report = report_of_nothing()
+    report |= {"loss_recovered": float("nan"), "fvu": float("inf"), "ce_spliced": float("-inf")}
+    report["loss_curve"][1][1] = float("nan")
+    page = write(_Result(tmp_path, report))  # type: ignore[arg-type]
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read["loss_recovered"] is read["fvu"] is read["ce_spliced"] is None
+    assert read["loss_curve"] == [[1, 0.5], [2, None]]
+    assert read["ce_clean"] == 1.0
+    assert 'y1="nan"' not in page.read_text()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(_Result(tmp_path, report_of_nothing()))  # type: ignore[arg-type]
+    old = (tmp_path / "report.json").read_text()
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[:20])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(QuickstartError, match="no space"):
+        write(_Result(tmp_path, report_of_nothing() | {"seed": 1}))  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert (tmp_path / "report.json").read_text() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "report.json", "sae"]

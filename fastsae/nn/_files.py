@@ -44,6 +44,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.close(directory)
 
 
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_atomic` of one UTF-8 text."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
 def save(
     directory: str | os.PathLike[str],
     kind: str,
@@ -60,11 +69,7 @@ def save(
     metadata = {"format": kind, "format_version": str(VERSION), "save_id": save_id}
     write_atomic(where / WEIGHTS, lambda p: save_file(contiguous, p, metadata=metadata))
     text = json.dumps(header, indent=2) + "\n"
-    write_atomic(where / CONFIG, lambda p: _write_text(p, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text_atomic(where / CONFIG, text)
 
 
 def load(

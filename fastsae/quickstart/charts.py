@@ -74,7 +74,9 @@ def line_chart(
     ys = [y for points in kept for _, y in points]
     if not xs:
         return ""
-    if baseline is not None and math.isfinite(baseline):
+    if baseline is not None and not math.isfinite(baseline):
+        baseline = None
+    if baseline is not None:
         ys.append(baseline)
     if y_zero:
         ys.append(0.0)

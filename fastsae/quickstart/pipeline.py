@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ..features.cards import Card, choose_latents, make_card, score_latents
 from ..features.stats import FeatureStats
 from ..features.tokens import TokenMass, TokenText, logit_effect
 from ..nn import TopKSAE
+from ..nn._files import write_text_atomic
 from ..optim import FusedAdam
 from ..train.activations import Store, Windows, blocks_of, collect, find_site, windows_of
 from ..train.evaluate import Reconstruction, SpliceLoss, reconstruction, splice_loss
@@ -446,8 +448,21 @@ def _is_word(text: str) -> bool:
 # -- what is written ------------------------------------------------------------------------------
 
 
+def to_json(report: dict[str, Any]) -> str:
+    """The text of report.json. JSON has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(result: Result) -> Path:
-    """Writes sae/, report.json and index.html into the output folder; returns the page's path.
+    """Writes sae/, report.json and index.html, each atomically; returns the page's path.
 
     Raises:
         QuickstartError: the folder cannot be written.
@@ -459,11 +474,9 @@ def write(result: Result) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         result.training.sae.save_pretrained(out / "sae")
-        (out / "report.json").write_text(
-            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
         page = out / "index.html"
-        page.write_text(render(report), encoding="utf-8")
+        write_text_atomic(out / "report.json", to_json(report))
+        write_text_atomic(page, render(report))
     except OSError as error:
         raise QuickstartError(f"cannot write to {out}: {_one_line(error)}") from error
     return page.resolve()
