@@ -13,6 +13,8 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# The tests run the GPU kernels in Triton's interpreter and compile them for GPUs that are not there.
+TRITON := $(if $(filter Linux,$(shell uname -s)),triton)
 KERNELS := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
@@ -62,7 +64,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) pytest pytest-xdist hypothesis
+	$(PIP) pytest pytest-xdist hypothesis $(TRITON)
 	touch $@
 
 # The type checker reads the installed libraries' types.

@@ -48,6 +48,12 @@ def _triton_module(op: str) -> Any:
         return str(error)
 
 
+def _triton_interprets() -> bool:
+    """Whether the kernels were defined for Triton's interpreter, which runs them on CPU tensors."""
+    interprets: bool = importlib.import_module("fastsae.triton_kernels").INTERPRETED
+    return interprets
+
+
 @cache
 def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on this device and dtype; None when it can."""
@@ -59,15 +65,20 @@ def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
         if dtype not in _CPU_DTYPES:
             return f"the C++ CPU kernels do not take {dtype}"
         return _library.CPU_MISSING
-    if device != "cuda":
-        return f"the {backend} kernels need a GPU tensor, got {device}"
     if dtype not in _GPU_DTYPES:
         return f"the {backend} kernels do not take {dtype}"
     if backend == "triton":
         module = _triton_module(op)
         if isinstance(module, str):
             return f"no Triton kernel for {op}: {module}"
+        if device != "cuda" and not (device == "cpu" and _triton_interprets()):
+            return (
+                f"the triton kernels need a GPU tensor, got {device} (with TRITON_INTERPRET=1 in "
+                "the environment CPU tensors run in Triton's interpreter: slow, for tests)"
+            )
         return None
+    if device != "cuda":
+        return f"the {backend} kernels need a GPU tensor, got {device}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}_cuda", "CUDA"):
         return f"no CUDA C++ kernel for {op} in this build"
     return None

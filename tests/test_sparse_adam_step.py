@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_of, max_error, randn
+from conftest import device_of, max_error, randn, takes_fp64
 from test_sparse_decode import problem
 from test_sparse_grad_weight import truth
 
@@ -65,8 +65,8 @@ def test_dense_semantics_equal_torch_adam(backend, n, d, f, k, unit_norm, weight
 
 
 def test_fp64_is_adam_to_the_last_digits(backend):
-    if device_of(backend) == "cuda":
-        pytest.skip(f"{backend}: fp64 runs on the CPU only")
+    if not takes_fp64(backend):
+        pytest.skip(f"{backend}: takes fp32, bf16 and fp16")
     param = randn(60, 20, dtype=torch.float64)
     twin = torch.nn.Parameter(param.clone())
     adam = torch.optim.Adam([twin], lr=HYPER["lr"], betas=(0.9, 0.99), eps=1e-8)

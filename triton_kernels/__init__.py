@@ -9,3 +9,8 @@ if __name__ != "fastsae.triton_kernels":
         "install fastsae (`pip install --no-build-isolation -e .`) and import that name. If you "
         "meant the `triton_kernels` of the Triton project, run from outside fastsae's checkout."
     )
+
+import triton
+
+# `triton.jit` decides this when it decorates a kernel, that is when this package is imported.
+INTERPRETED: bool = triton.knobs.runtime.interpret

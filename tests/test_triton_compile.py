@@ -1,0 +1,71 @@
+"""Every Triton kernel compiles for every architecture, without spills and within its memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton_offline
+
+# Triton exists for Linux only; there, a check that cannot run is a failure.
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" and importlib.util.find_spec("triton") is None,
+    reason="Triton is not available for this system",
+)
+
+
+def test_every_launched_kernel_is_in_a_configuration():
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    module = importlib.import_module('fastsae.triton_kernels.' + name)\n"
+        "    print(name, *{c.kernel.__name__ for c in module.configurations()})"
+    )
+    names = triton_offline.modules()
+    output = run(["-c", code, *names])
+    configured = {line.split()[0]: set(line.split()[1:]) for line in output.splitlines()}
+    assert configured == {name: triton_offline.launched(name) for name in names}
+
+
+@pytest.mark.parametrize("module", triton_offline.modules())
+def test_compiles_for_every_target(module):
+    script = str(Path(__file__).with_name("triton_offline.py"))
+    results = json.loads(run([script, module, "--json"]))
+    print(triton_offline.table(results))
+    assert {r["target"] for r in results} == set(triton_offline.SHARED_LIMIT)
+    problems = []
+    for r in results:
+        where = f"{r['kernel']} {r['label']} {r['target']}: "
+        if "error" in r:
+            problems.append(where + r["error"])
+            continue
+        if r["spill_bytes"]:
+            problems.append(where + f"{r['spill_bytes']} bytes spilled")
+        if r["shared"] > triton_offline.SHARED_LIMIT[r["target"]]:
+            problems.append(where + f"{r['shared']} bytes of shared memory")
+        if r["expects_tensor_cores"] and not expected_mma(r):
+            problems.append(where + f"tensor-core instructions are {r['tensor']}")
+        if r["expects_tma"] and not r["tma"]:
+            problems.append(where + "no TMA loads")
+    assert not problems, "\n".join(problems)
+
+
+def expected_mma(row: dict) -> bool:
+    """The fastest kind that the target has, not merely some kind."""
+    kind = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "MFMA"}[row["target"]]
+    return any(name.startswith(kind) for name in row["tensor"])
+
+
+def run(arguments: list[str]) -> str:
+    """A Python process in which Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

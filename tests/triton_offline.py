@@ -1,0 +1,204 @@
+"""Compiles every Triton kernel for GPUs that this machine does not have, and looks at the code.
+
+    python tests/triton_offline.py                      every module, every target
+    python tests/triton_offline.py sparse_decode --target sm_90
+
+Needs no GPU and no driver, only the ptxas and nvdisasm inside the Triton package. Must not run
+under TRITON_INTERPRET. Prints one row per kernel, configuration and target; `--json` prints them
+for tests/test_triton_compile.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+KERNELS = Path(__file__).parent.parent / "triton_kernels"
+# Shared memory that one block may have, in bytes.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+_TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA")
+
+
+def modules() -> list[str]:
+    """Modules of triton_kernels/ that launch something."""
+    return sorted(p.stem for p in KERNELS.glob("*.py") if launched(p.stem))
+
+
+def launched(module: str) -> set[str]:
+    """Names launched in a module: every call of the form name[grid](...)."""
+    calls = (
+        node.func.value
+        for node in ast.walk(ast.parse((KERNELS / f"{module}.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    )
+    return {name.id for name in calls if isinstance(name, ast.Name)}
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: this build of Triton cannot be checked offline")
+    return path
+
+
+def _compile(configuration: Any, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = configuration.kernel
+    constants = {p.name: p.default for p in kernel.params if p.has_default}
+    constants = {n: v for n, v in constants.items() if n not in configuration.signature}
+    constants |= configuration.constexprs
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else configuration.signature[name]
+        kind, _, aligned = kind.partition(":")
+        signature[name] = kind
+        if kind.startswith("*") or aligned == "16":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    name = re.search(r"\.target\s+(\w+)", ptx)[1]
+    ptxas = _tool("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run(
+            [_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        log = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "out"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    ops = Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M)
+    )
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spill_bytes": int(spills[1]) + int(spills[2]),
+        "tensor": dict(_families(ops, _TENSOR)),
+        "tma": sum(n for op, n in ops.items() if op.startswith("UTMALDG")),
+        # vector width of global loads, in bits: narrow ones are where bandwidth is lost
+        "loads": dict(Counter({_width(op): n for op, n in ops.items() if op.startswith("LDG")})),
+        "notes": [line for line in log.splitlines() if "serializ" in line.lower()],
+    }
+
+
+def _families(ops: Counter[str], pattern: re.Pattern[str]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for op, count in ops.items():
+        if match := pattern.match(op):
+            found[match[0]] += count
+    return found
+
+
+def _width(op: str) -> str:
+    match = re.search(r"\.(64|128|256|U8|U16|S8|S16)\b", op)
+    return match[1] if match else "32"
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    loads = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", text))
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": 4 * field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "tensor": {"MFMA": n} if (n := len(re.findall(r"\bv_mfma", text))) else {},
+        "tma": 0,
+        "loads": dict(loads),
+        "notes": [],
+    }
+
+
+def rows(names: list[str], targets: list[str]) -> list[dict[str, Any]]:
+    """One row per configuration and target, with `error` where it does not compile."""
+    result = []
+    for name in names:
+        module = importlib.import_module(f"fastsae.triton_kernels.{name}")
+        for configuration in module.configurations():
+            for target in configuration.targets:
+                if target not in targets:
+                    continue
+                row = {
+                    "module": name,
+                    "kernel": configuration.kernel.__name__,
+                    "label": configuration.label,
+                    "target": target,
+                    "expects_tensor_cores": configuration.tensor_cores,
+                    "expects_tma": configuration.tma and target in ("sm_90", "sm_100"),
+                }
+                begin = time.perf_counter()
+                try:
+                    compiled = _compile(configuration, target)
+                    row["shared"] = compiled.metadata.shared
+                    row |= _amd(compiled) if target[:3] == "gfx" else _nvidia(compiled, target)
+                except Exception as error:
+                    row["error"] = f"{type(error).__name__}: {error}"
+                row["seconds"] = round(time.perf_counter() - begin, 2)
+                result.append(row)
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    head = (
+        f"{'kernel':<38} {'configuration':<26} {'target':<7} {'regs':>4} {'spill':>5} {'smem':>7}"
+    )
+    lines = [f"{head} {'tma':>3}  tensor cores, loads"]
+    for r in results:
+        start = f"{r['kernel']:<38} {r['label']:<26} {r['target']:<7}"
+        if "error" in r:
+            lines.append(f"{start} {r['error'][:300]}")
+            continue
+        lines.append(
+            f"{start} {r['registers']:>4} {r['spill_bytes']:>5} {r['shared']:>7} {r['tma']:>3}  "
+            f"{r['tensor'] or ''} {r['loads']} {' '.join(r['notes'])}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles and prints."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise SystemExit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", default=[])
+    parser.add_argument("--target", action="append", choices=list(SHARED_LIMIT))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = rows(arguments.modules or modules(), arguments.target or list(SHARED_LIMIT))
+    json.dump(results, sys.stdout) if arguments.json else print(table(results))
+
+
+if __name__ == "__main__":
+    main()
