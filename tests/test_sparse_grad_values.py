@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close, device_of, randn
+from conftest import assert_close, device_of, randn, tokens
 from test_sparse_decode import SHAPES, problem
 
 from fastsae import ops, reference
@@ -16,6 +16,7 @@ def truth(grad, indices, W):
 
 @pytest.mark.parametrize("n,d,f,k", SHAPES)
 def test_matches_the_definition(backend, dtype, n, d, f, k):
+    n = tokens(backend, n)
     _, indices, W, _ = problem(n, d, f, k, dtype, device_of(backend))
     grad = randn(n, d, dtype=dtype, seed=7).to(W.device)
     out = ops.sparse_grad_values(grad, indices, W)
@@ -44,6 +45,15 @@ def test_not_finite(backend, dtype):
     grad[3, 4] = float("nan")
     out = ops.sparse_grad_values(grad, indices, W)
     assert out[3].isnan().all() and out.isnan().sum() == 6
+
+
+def test_triton_and_cuda_give_zero_for_an_index_out_of_range(gpu_backend):
+    _, indices, W, _ = problem(4, 30, 90, 11, torch.float32, device_of(gpu_backend))
+    grad = randn(4, 30, seed=7).to(W.device)
+    expected = ops.sparse_grad_values(grad, indices, W)
+    indices[1, 2:6] = torch.tensor([-1, 90, 2**31 - 1, -(2**31)], device=W.device)
+    expected[1, 2:6] = 0
+    assert torch.equal(ops.sparse_grad_values(grad, indices, W), expected)
 
 
 @pytest.mark.parametrize("bad", [-1, 90, 2**33])
