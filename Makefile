@@ -65,6 +65,9 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) pytest pytest-xdist hypothesis $(TRITON)
+	# nvcc and its headers (100 MB), so that the tests compile csrc/cuda on any Linux machine
+	command -v nvcc || $(PIP) nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl || \
+		echo "no nvcc: the tests do not compile csrc/cuda"
 	touch $@
 
 # The type checker reads the installed libraries' types.

@@ -68,6 +68,8 @@ def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     if dtype not in _GPU_DTYPES:
         return f"the {backend} kernels do not take {dtype}"
     if backend == "triton":
+        if device != "cuda":
+            return f"the triton kernels need a GPU tensor, got {device}"
         module = _triton_module(op)
         if isinstance(module, str):
             return f"no Triton kernel for {op}: {module}"
@@ -77,10 +79,11 @@ def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
                 "the environment CPU tensors run in Triton's interpreter: slow, for tests)"
             )
         return None
-    if device != "cuda":
-        return f"the {backend} kernels need a GPU tensor, got {device}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}_cuda", "CUDA"):
-        return f"no CUDA C++ kernel for {op} in this build"
+    # the tests build the same kernels for CPU tensors (tests/cuda_host.py)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}_cuda", device.upper()):
+        if device != "cuda":
+            return f"the cuda kernels need a GPU tensor, got {device}"
+        return _library.CUDA_MISSING or f"no CUDA C++ kernel for {op}"
     return None
 
 

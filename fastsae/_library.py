@@ -66,22 +66,34 @@ lib.define("_topk_encode_stats() -> Tensor")
 lib.define("_topk_encode_bounds(Tensor x, Tensor W_enc, Tensor b_enc) -> (Tensor, Tensor, Tensor)")
 
 
-def _load_cpu() -> str | None:
-    """Loads the compiled CPU kernels; returns why not, or None when they are there."""
-    path = Path(__file__).with_name("_cpu.abi3.so")
+def _load(name: str, kernels: str, how: str) -> str | None:
+    """Loads a compiled library; returns why not, or None when its kernels are there."""
+    path = Path(__file__).with_name(f"{name}.abi3.so")
     if not path.exists():
-        return (
-            "the C++ kernels were not built (this is a pure-Python install): install a C++ "
-            "compiler and torch, then `pip install --no-build-isolation --force-reinstall "
-            "--no-deps fastsae-kernels` (FASTSAE_BUILD=1 shows why a build fails)"
-        )
+        return f"the {kernels} kernels were not built: {how}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return (
-            f"the C++ kernels at {path.name} do not load under torch {torch.__version__}: {error}"
+            f"the {kernels} kernels at {path.name} do not load under torch {torch.__version__}: "
+            f"{error}"
         )
     return None
 
 
-CPU_MISSING = _load_cpu()
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    return _load("_cuda", "CUDA", f"install nvcc of CUDA {torch.version.cuda}, then {_REINSTALL}")
+
+
+_REINSTALL = (
+    "`pip install --no-build-isolation --force-reinstall --no-deps fastsae-kernels` "
+    "(with FASTSAE_BUILD=1 a build that fails shows why, with FASTSAE_CUDA=1 also the CUDA one)"
+)
+CPU_MISSING = _load(
+    "_cpu",
+    "C++",
+    f"this is a pure-Python install. Install a C++ compiler and torch, then {_REINSTALL}",
+)
+CUDA_MISSING = _load_cuda()

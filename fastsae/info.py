@@ -41,6 +41,10 @@ def info() -> dict[str, Any]:
             "level": torch.ops.fastsae._cpu_level() if cpu_built else None,
             "levels": torch.ops.fastsae._cpu_levels().split() if cpu_built else [],
         },
+        "cuda_kernels": {
+            "built": _library.CUDA_MISSING is None,
+            "missing": _library.CUDA_MISSING,
+        },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "environment": {k: v for k, v in os.environ.items() if k.startswith("FASTSAE_")},
         "ops": {

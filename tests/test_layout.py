@@ -38,8 +38,10 @@ def test_no_kernel_file_is_an_orphan(folder, pattern):
 
 
 def test_every_kernel_file_registers_its_op():
-    for path in (ROOT / "csrc/cpu").glob("*.cpp"):
-        assert re.search(rf'm\.impl\(\s*"{path.stem}_cpu"', path.read_text()), path.name
+    for folder, pattern in (("cpu", "*.cpp"), ("cuda", "*.cu")):
+        for path in (ROOT / "csrc" / folder).glob(pattern):
+            call = rf'm\.impl\(\s*"{path.stem}_{folder}"'
+            assert re.search(call, path.read_text()), path.name
 
 
 def test_private_and_public_schemas_cover_the_same_ops():

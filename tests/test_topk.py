@@ -130,6 +130,15 @@ def test_compile_fullgraph(backend):
     assert torch.equal(got, expected)
 
 
+def test_vmap_is_one_call_and_functional_gradients_are_refused():
+    x = randn(3, 4, 30)
+    values, indices = torch.vmap(lambda row: ops.topk(row, 5), 1)(x)
+    expected, expected_index = ops.topk(x.movedim(1, 0), 5)
+    assert torch.equal(values, expected) and torch.equal(indices, expected_index)
+    with pytest.raises(RuntimeError, match="topk: torch.func.grad"):
+        torch.func.grad(lambda row: ops.topk(row, 5)[0].sum())(x)
+
+
 def test_every_cpu_level():
     if fastsae._library.CPU_MISSING is not None:
         pytest.skip(fastsae._library.CPU_MISSING)

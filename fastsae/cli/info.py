@@ -38,6 +38,7 @@ def info(
             else kernels["missing"]
         ),
     }
+    rows["CUDA kernels"] = found["cuda_kernels"]["missing"] or "built"
     rows.update(found["environment"])
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():

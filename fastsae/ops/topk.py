@@ -28,7 +28,8 @@ def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         NaN ranks above +inf, as in `torch.topk`; every NaN ties with every other, and -0 with +0.
         Exact; runs are repeatable bit for bit.
 
-    The gradient of x is [..., M] and dense by definition: zero but at the chosen places.
+    The gradient of x is [..., M] and dense by definition: zero but at the chosen places. Under
+    `torch.vmap` a batch is one call; torch.func's gradient transforms are refused.
 
     Raises:
         ValueError: x has no dimension, k or M does not fit.
@@ -36,6 +37,7 @@ def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Source: `torch.topk`; the definition of ties is that of `topk_encode`.
     """
+    _common.refuse_transforms(_OP, x)
     values, indices = torch.ops.fastsae.topk(x, k)
     return values, indices
 
@@ -79,4 +81,4 @@ def _backward(
     return grad.new_zeros(ctx.size).scatter(-1, indices.long(), grad), None
 
 
-_common.register(_OP, _run, _fake, backward=_backward, setup_context=_setup_context)
+_common.register(_OP, _run, _fake, backward=_backward, setup_context=_setup_context, vmap_batched=1)

@@ -1,0 +1,122 @@
+"""Every CUDA file compiles for every architecture without spills; the host shim finds errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SPILL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores", re.S)
+
+
+def build():
+    """setup.py's functions."""
+    spec = importlib.util.spec_from_file_location("fastsae_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The architectures, and what ptxas says about every kernel: {op: output}."""
+    setup = build()
+    try:
+        command, _ = setup.cuda_commands(setup.torch_dir(), tmp_path_factory.mktemp("stub"))
+    except setup.BuildError as error:
+        pytest.skip(str(error))
+    command = [*command, "-Xptxas", "-v"]
+
+    def compile_one(op):
+        source = cuda_host.SOURCES[op]
+        known = ROOT / "build" / "cuda_ptxas" / f"{op}-{cuda_host.digest(source, *command)}.txt"
+        if not known.exists():  # half a minute a file
+            output = ["-o", str(tmp_path_factory.mktemp("objects") / f"{op}.o")]
+            run = subprocess.run(
+                [*command, str(source), *output], capture_output=True, text=True, check=False
+            )
+            assert run.returncode == 0, run.stderr
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(run.stdout + run.stderr)
+        return op, known.read_text()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        archs = {f"sm_{a}" for a in re.findall(r"code=sm_(\w+)", " ".join(command))}
+        return archs, dict(pool.map(compile_one, cuda_host.SOURCES))
+
+
+def test_compiles_without_spills_for_every_architecture(reports):
+    archs, outputs = reports
+    assert archs and outputs
+    for op, text in outputs.items():
+        assert "warning" not in text, text
+        kernels = SPILL.findall(text)
+        assert {arch for _, arch, _ in kernels} == archs, op
+        assert [k for k in kernels if k[2] != "0"] == [], op
+
+
+SHIM_TEST = r"""
+#include "cuda_on_host.h"
+namespace {
+using cuda_on_host::Queue;
+struct Shared { int v[64]; };
+void reverse(int* x, bool barrier) {
+  Shared& s = cuda_on_host::dynamic_shared<Shared>();
+  const int t = threadIdx.x;
+  s.v[t] = x[t];
+  if (barrier) __syncthreads();
+  x[t] = s.v[63 - t] + 100 * __shfl_xor_sync(~0u, t, 1);
+}
+void diverges(int* x, bool) {
+  if (threadIdx.x < 7) __syncthreads();
+  x[0] = __ballot_sync(~0u, threadIdx.x % 2);
+}
+}
+extern "C" int run(int which, int* x) {
+  try {
+    Queue(0).launch(which == 2 ? diverges : reverse, 1, 64, sizeof(Shared), x, which == 0);
+  } catch (const std::exception&) { return 1; }
+  return 0;
+}
+"""
+
+
+def test_the_shim_finds_missing_and_divergent_barriers(tmp_path):
+    import ctypes
+    import shutil
+
+    cxx = os.environ.get("CXX", "g++").split()
+    if shutil.which(cxx[0]) is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "shim.cpp").write_text(SHIM_TEST)
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", f"-I{ROOT / 'tests'}"]
+    library = tmp_path / "shim.so"
+    subprocess.run([*cxx, *flags, str(tmp_path / "shim.cpp"), "-o", str(library)], check=True)
+    run = ctypes.CDLL(str(library)).run
+    right = [63 - t + 100 * (t ^ 1) for t in range(64)]
+
+    def call(which):
+        x = (ctypes.c_int * 64)(*range(64))
+        return run(which, x), list(x)
+
+    assert call(0) == (0, right)
+    code, got = call(1)  # without the barrier some read poison
+    assert code == 0 and got != right
+    assert call(2)[0] == 1
+    assert call(0) == (0, right), "usable after an error"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of the ops use the GPU")
+def test_every_cuda_file_runs_on_the_cpu():
+    assert cuda_host.load() is None
+    for op in cuda_host.SOURCES:
+        key = f"fastsae::{op}_cuda"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "CPU")
