@@ -23,7 +23,7 @@ OPS = tuple(_library.PRIVATE_SCHEMAS)
 
 # C++ beats the reference in every row of benchmarks/bench_<op>.py on every CPU tried.
 _ON_CPU = ("cpu", "reference")
-# No row has been measured on a GPU yet: CUDA C++ exists only where it is expected to win.
+# Unverified on a GPU, no row measured: CUDA C++ exists only where it is expected to win.
 _ON_GPU = ("cuda", "triton", "reference")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {op: {"cpu": _ON_CPU, "cuda": _ON_GPU} for op in OPS}
 
