@@ -240,27 +240,37 @@ def quality() -> str:
     rows = load("quality_minilm")
     if not rows:
         return ""
-    groups: dict[tuple[int, bool], list[Row]] = {}
+    groups: dict[tuple[bool, int, bool], list[Row]] = {}
     for r in rows:
-        groups.setdefault((r["F"], r["method"] == "plain"), []).append(r)
+        groups.setdefault((r["text"] == "code", r["F"], r["method"] == "plain"), []).append(r)
     lines = []
-    for (f, plain), runs in sorted(groups.items()):
+    for (code, f, plain), runs in sorted(groups.items()):
         fvus = [r["fvu"] for r in runs]
         name = "dense PyTorch, torch.optim.Adam" if plain else "**fastsae**"
         lines.append([
-            f"{f}", name, f"{len(runs)}", f"{sum(fvus) / len(fvus):.4f}",
+            "code" if code else "prose", f"{f}", name, f"{len(runs)}",
+            f"{sum(fvus) / len(fvus):.4f}",
             f"{min(fvus):.4f}–{max(fvus):.4f}" if len(runs) > 1 else "",
             f"{sum(r['dead_fraction'] for r in runs) / len(runs):.2%}",
             f"{sum(r['initial_fvu'] for r in runs) / len(runs):.2f}",
         ])  # fmt: skip
     return (
-        "MiniLM layer-3 activations (D = 384) of the standard library's source text: 400,000 "
-        "training tokens, 40,000 of other files held out; K = 32, 1500 steps of 2048 tokens. The "
-        "dense rows train the same SAE by the same schedule with dense products, autograd and "
-        "torch's Adam: they say what this text allows, and figures on other text are not "
-        "comparable.\n\n"
+        "MiniLM layer-3 activations (D = 384) of two texts, Python's standard library as it is "
+        "(code) and the docstrings of it, numpy and torch (prose): 400,000 training tokens, 40,000 "
+        "of other files held out; K = 32, 1500 steps of 2048 tokens. The dense rows train the same "
+        "SAE by the same schedule with dense products, autograd and torch's Adam: they say what a "
+        "text allows, and figures on other text are not comparable.\n\n"
         + table(
-            ["F", "trained by", "seeds", "held-out FVU", "range", "dead", "before training"],
+            [
+                "text",
+                "F",
+                "trained by",
+                "seeds",
+                "held-out FVU",
+                "range",
+                "dead",
+                "before training",
+            ],
             lines,
         )
     )

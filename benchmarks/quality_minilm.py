@@ -1,14 +1,15 @@
 """Quality: held-out FVU and dead latents of TopKSAE's own loop on MiniLM layer-3 activations.
 
-Protocol: 400,000 training tokens and 40,000 tokens of other files (minilm_activations.py), K = 32,
-1500 steps of 2048 tokens, seeds 0, 1, 2. Held-out FVU is sum |x - x_hat|^2 / sum |x - mean|^2 over
-the held-out tokens. A latent is dead when the trained SAE does not fire it on any of the 400,000
-training tokens.
+Protocol: 400,000 training tokens and 40,000 tokens of other files (minilm_activations.py says of
+which two texts), K = 32, 1500 steps of 2048 tokens, seeds 0, 1, 2. Held-out FVU is
+sum |x - x_hat|^2 / sum |x - mean|^2 over the held-out tokens. A latent is dead when the trained SAE
+does not fire it on any of the 400,000 training tokens.
 
 `--method plain` trains the same architecture by the same schedule with dense PyTorch operations,
 autograd and torch.optim.Adam, as the reference that says what the text allows.
 
-    python benchmarks/quality_minilm.py --cache DIR [--latents 3072 6144] [--method fastsae plain]
+    python benchmarks/quality_minilm.py --cache DIR [--text prose code] [--latents 3072 6144]
+                                       [--method fastsae plain]
 
 Keeps the runs in benchmarks/results/cpu/quality_minilm.json; make_tables.py makes the table.
 """
@@ -16,6 +17,7 @@ Keeps the runs in benchmarks/results/cpu/quality_minilm.json; make_tables.py mak
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _harness import header, machine
-from minilm_activations import load
+from minilm_activations import TEXTS, load
 
 from fastsae.nn import TopKSAE
 from fastsae.train.trainer import TrainConfig, Trainer, fvu, shuffled
@@ -142,7 +144,7 @@ def keep(path: Path, row: dict[str, object]) -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
 
     def key(r: dict[str, object]) -> tuple[str, ...]:
-        names = ("method", "F", "K", "seed", "directions", "config")
+        names = ("text", "method", "F", "K", "seed", "directions", "config")
         return tuple(json.dumps(r.get(n), sort_keys=True) for n in names)
 
     row = json.loads(json.dumps(row))
@@ -156,6 +158,7 @@ def keep(path: Path, row: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for the activations")
+    parser.add_argument("--text", nargs="+", default=["prose"], choices=list(TEXTS))
     parser.add_argument("--latents", type=int, nargs="+", default=[3072, 6144])
     parser.add_argument("--method", nargs="+", default=["fastsae"], choices=["fastsae", "plain"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -172,25 +175,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("medium" if args.onednn else "highest")
-    train, held_out = load(args.cache)
     config = TrainConfig(
         args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2),
         aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
     )  # fmt: skip
     print(header(), flush=True)
-    for method in args.method:
-        for f in args.latents:
-            new = []
-            for seed in args.seeds:
-                new.append(run(method, f, seed, train, held_out, config, args.directions))
-                print(json.dumps({k: v for k, v in new[-1].items() if k != "config"}), flush=True)
-                keep(args.out, machine() | new[-1])
-            mean = statistics.mean(float(r["fvu"]) for r in new)
-            dead = statistics.mean(float(r["dead_fraction"]) for r in new)
-            print(
-                f"{method} F={f}: FVU {mean:.4f} (target {TARGET.get(f)}), dead {dead:.2%}, "
-                f"{len(new)} seeds"
-            )
+    for text, method, f in itertools.product(args.text, args.method, args.latents):
+        train, held_out = load(args.cache, text)
+        new = []
+        for seed in args.seeds:
+            row = {"text": text}
+            row |= run(method, f, seed, train, held_out, config, args.directions)
+            print(json.dumps({k: v for k, v in row.items() if k != "config"}), flush=True)
+            keep(args.out, machine() | row)
+            new.append(row)
+        mean = statistics.mean(float(r["fvu"]) for r in new)
+        dead = statistics.mean(float(r["dead_fraction"]) for r in new)
+        print(
+            f"{text} {method} F={f}: FVU {mean:.4f} (target {TARGET.get(f)}), dead {dead:.2%}, "
+            f"{len(new)} seeds"
+        )
 
 
 if __name__ == "__main__":
