@@ -162,7 +162,7 @@ def backward() -> str:
             ms(gw.get("fastsae")), ms(gw.get("fastsae, row-sparse result")),
             slower(gw.get("torch index_add")), slower(gw.get("dense product, oneDNN")),
             ms(adam.get("fastsae, unit norm")), ms(adam.get("torch Adam only, fused")),
-            f"**{ms(adam.get('fastsae, whole backward with Adam'), 'of_default')}**",
+            f"**{ms(adam.get('fastsae, whole backward with Adam'), 'of_default') or '–'}**",
         ])  # fmt: skip
     rows = [r for name in parts for r in load(name)]
     return (
