@@ -128,7 +128,8 @@ def cpu_commands(torch: Path, temp: Path) -> tuple[list[str], list[str]]:
 def cuda_commands(torch: Path, temp: Path) -> tuple[list[str], list[str]]:
     """The same for the CUDA library, which carries its own CUDA runtime."""
     tool = nvcc(torch)
-    flags = [*NVCC_FLAGS, *cuda_archs(tool), f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}"]
+    flags = [*NVCC_FLAGS, *cuda_archs(tool), f"-I{ROOT / 'csrc'}"]
+    flags += ["-isystem", str(torch / "include")]
     flags += shlex.split(os.environ.get("NVCCFLAGS", ""))
     folder = torch / "lib"
     if not (folder / "libtorch_cuda.so").exists():

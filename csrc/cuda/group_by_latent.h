@@ -97,10 +97,10 @@ struct LatentPairs {
 // latents: that of its first pair has row 2p, that of its last pair, if another, row 2p + 1.
 template <int kVec, class T>
 __global__ void __launch_bounds__(kRowThreads)
-    sum_parts(GroupsView g, const T* values, const T* rows, int64_t D, int64_t slices,
+    sum_parts(GroupsView g, const T* values, const T* rows, int64_t D, uint32_t slices,
               float* parts) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp_id();
-  const int64_t part = warp / slices, column = (warp % slices * kWarp + lane_id()) * kVec;
+  const uint32_t warp = grid_warp();
+  const int64_t part = warp / slices, column = (warp % slices * kWarp + lane_id()) * int64_t(kVec);
   const int64_t begin = part * kPart, end = begin + kPart < g.P ? begin + kPart : g.P;
   if (begin >= g.P) return;
   for (int which = 0; which < 2; ++which) {
@@ -142,8 +142,8 @@ template <int kVec, class T>
 void sum_heavy(const Queue& queue, const GroupsView& g, const T* values, const T* rows, int64_t D,
                const Tensor& parts) {
   const int64_t slices = ceil_div(D, kWarp * kVec);
-  queue.launch(sum_parts<kVec, T>, ceil_div(ceil_div(g.P, kPart) * slices, kRowWarps), kRowThreads,
-               0, g, values, rows, D, slices, mutable_data<float>(parts));
+  queue.launch(sum_parts<kVec, T>, blocks_for(ceil_div(g.P, kPart), slices), kRowThreads, 0, g,
+               values, rows, D, slices, mutable_data<float>(parts));
 }
 
 }  // namespace cuda

@@ -13,6 +13,13 @@ constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
 constexpr int kBatch = 8;  // rows in flight a warp
 
+// Warps of a grid are numbered item by item, slice by slice. 32 bits: a 64-bit division is a call.
+__device__ __forceinline__ uint32_t grid_warp() { return blockIdx.x * kRowWarps + warp_id(); }
+inline int64_t blocks_for(int64_t items, int64_t slices) {
+  STD_TORCH_CHECK(items * slices <= INT32_MAX, items, " rows in ", slices, " slices are too many");
+  return ceil_div(items * slices, kRowWarps);
+}
+
 // One row of a weighted sum; row < 0: none.
 struct WeightedRow {
   float weight;

@@ -27,9 +27,9 @@ struct TokenPairs {
 template <class T, int kVec>
 __global__ void __launch_bounds__(kRowThreads)
     decode_rows(const T* values, const int32_t* indices, const T* W_dec, const T* bias, T* out,
-                int64_t N, int64_t K, int64_t F, int64_t D, int64_t slices) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp_id();
-  const int64_t n = warp / slices, column = (warp % slices * kWarp + lane_id()) * kVec;
+                int64_t N, int64_t K, int64_t F, int64_t D, uint32_t slices) {
+  const uint32_t warp = grid_warp();
+  const int64_t n = warp / slices, column = (warp % slices * kWarp + lane_id()) * int64_t(kVec);
   if (n >= N) return;
   float sum[kVec] = {};
   if (bias && column < D) load_wide(bias + column, sum);
@@ -56,7 +56,7 @@ Tensor sparse_decode_cuda(const Tensor& values, const Tensor& indices, const Ten
     with_vector<T>(D, {W, b, o}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       const int64_t slices = ceil_div(D, kWarp * kVec);
-      queue.launch(decode_rows<T, kVec>, ceil_div(N * slices, kRowWarps), kRowThreads, 0, v,
+      queue.launch(decode_rows<T, kVec>, blocks_for(N, slices), kRowThreads, 0, v,
                    data<int32_t>(indices), W, b, o, N, K, F, D, slices);
     });
   });

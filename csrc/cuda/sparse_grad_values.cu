@@ -14,8 +14,8 @@ constexpr int kDots = 4;
 template <class T, int kVec>
 __global__ void __launch_bounds__(kRowThreads)
     dot_rows(const T* grad_out, const int32_t* indices, const T* W_dec, T* out, int64_t N,
-             int64_t K, int64_t F, int64_t D, int64_t groups) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp_id();
+             int64_t K, int64_t F, int64_t D, uint32_t groups) {
+  const uint32_t warp = grid_warp();
   const int64_t n = warp / groups, first = warp % groups * kDots;
   if (n >= N) return;
   const T* x = grad_out + n * D;
@@ -62,7 +62,7 @@ Tensor sparse_grad_values_cuda(const Tensor& grad_out, const Tensor& indices, co
     with_vector<T>(D, {g, W}, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       const int64_t groups = ceil_div(K, kDots);
-      queue.launch(dot_rows<T, kVec>, ceil_div(N * groups, kRowWarps), kRowThreads, 0, g,
+      queue.launch(dot_rows<T, kVec>, blocks_for(N, groups), kRowThreads, 0, g,
                    data<int32_t>(indices), W, mutable_data<T>(out), N, K, F, D, groups);
     });
   });

@@ -10,10 +10,10 @@ namespace {
 // Row i of out is that of latents[i], or of latent i.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kRowThreads)
-    gradient_rows(GroupsView g, const T* values, const T* rows, int64_t D, int64_t slices,
+    gradient_rows(GroupsView g, const T* values, const T* rows, int64_t D, uint32_t slices,
                   const float* parts, const int32_t* latents, int64_t count, T* out) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRowWarps + warp_id();
-  const int64_t i = warp / slices, column = (warp % slices * kWarp + lane_id()) * kVec;
+  const uint32_t warp = grid_warp();
+  const int64_t i = warp / slices, column = (warp % slices * kWarp + lane_id()) * int64_t(kVec);
   if (i >= count) return;
   float sum[kVec] = {};
   gradient_row(g, latents ? latents[i] : i, values, rows, D, column, parts, sum);
@@ -66,8 +66,8 @@ void run(const char* op, const Queue& queue, const Factors& s, const GroupsView&
       constexpr int kVec = decltype(vec)::value;
       const int64_t slices = ceil_div(s.D, kWarp * kVec);
       sum_heavy<kVec>(queue, g, v, r, s.D, parts);
-      queue.launch(gradient_rows<T, kVec>, ceil_div(count * slices, kRowWarps), kRowThreads, 0, g,
-                   v, r, s.D, slices, data<float>(parts), latents, count, o);
+      queue.launch(gradient_rows<T, kVec>, blocks_for(count, slices), kRowThreads, 0, g, v, r, s.D,
+                   slices, data<float>(parts), latents, count, o);
     });
   });
 }
