@@ -51,6 +51,11 @@ def tokens(backend: str, n: int) -> int:
     return min(n, 9) if backend == "triton" and INTERPRETED else n
 
 
+def latents(backend: str, f: int) -> int:
+    """The same for kernels with a program per latent."""
+    return min(f, 37) if backend == "triton" and INTERPRETED else f
+
+
 def _use(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     op = request.module.__name__.rpartition("test_")[2]

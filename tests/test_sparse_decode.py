@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close, device_of, generator, randn
+from conftest import assert_close, device_of, generator, randn, tokens
 
 from fastsae import ops, reference
 
@@ -35,6 +35,7 @@ def truth(values, indices, W, b):
 @pytest.mark.parametrize("n,d,f,k", SHAPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_matches_the_definition(backend, dtype, n, d, f, k, bias):
+    n = tokens(backend, n)
     values, indices, W, b = problem(n, d, f, k, dtype, device_of(backend))
     b = b if bias else None
     out = ops.sparse_decode(values, indices, W, b)
@@ -86,8 +87,19 @@ def test_index_out_of_range(bad):
         ops.sparse_decode(values, indices, W, b)
 
 
+def test_triton_and_cuda_take_an_index_out_of_range_as_absent(gpu_backend):
+    values, indices, W, b = problem(4, 30, 90, 6, torch.float32, device_of(gpu_backend))
+    expected = values.clone()
+    indices[1, :5] = torch.tensor([-1, 90, 2**31 - 1, -(2**31), 91], device=W.device)
+    expected[1, :5] = 0
+    out = ops.sparse_decode(values, indices, W, b)
+    kept = indices.clamp(0, 89)
+    kept[1, :5] = 0
+    assert torch.equal(out, ops.sparse_decode(expected, kept, W, b))
+
+
 def test_repeatable(backend, dtype):
-    args = problem(90, 100, 300, 20, dtype, device_of(backend))
+    args = problem(tokens(backend, 90), 100, 300, 20, dtype, device_of(backend))
     assert torch.equal(ops.sparse_decode(*args), ops.sparse_decode(*args))
 
 

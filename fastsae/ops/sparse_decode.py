@@ -29,7 +29,7 @@ def sparse_decode(
         b_dec: [D] or None.
 
     Returns:
-        [..., D] in the dtype of W_dec. Sums run in fp32 (fp64 for fp64) in the order of K and are
+        [..., D] in the dtype of W_dec. Sums run in fp32 (fp64 for fp64) in a fixed order and are
         rounded once; runs are repeatable bit for bit.
 
     Gradients reach values, W_dec and b_dec. Inside autocast, values are cast to the dtype of W_dec.
@@ -39,7 +39,8 @@ def sparse_decode(
     Raises:
         ValueError: a shape or device does not fit.
         TypeError: dtypes differ or are not supported.
-        RuntimeError: an index out of range (found on the CPU before anything is read).
+        RuntimeError: an index out of range (found on the CPU before anything is read; the GPU
+            kernels cannot raise without a sync: there it adds nothing).
 
     Source: the sparse decoder of Gao et al. 2024, section 2.
     """

@@ -32,7 +32,8 @@ def sparse_grad_values(
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit.
-        RuntimeError: an index out of range (found on the CPU before anything is read).
+        RuntimeError: an index out of range (found on the CPU before anything is read; the GPU
+            kernels cannot raise without a sync: there it gives 0).
     """
     _common.refuse_transforms(_OP, grad_out, W_dec)
     out: torch.Tensor = torch.ops.fastsae.sparse_grad_values(grad_out, indices, W_dec)
