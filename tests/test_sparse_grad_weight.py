@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close, device_of, randn
+from conftest import assert_close, device_of, generator, latents, randn, tokens
 from test_sparse_decode import SHAPES, problem
 
 from fastsae import ops, reference
@@ -18,6 +18,7 @@ def truth(values, indices, rows, f):
 
 @pytest.mark.parametrize("n,d,f,k", SHAPES)
 def test_matches_the_definition(backend, dtype, n, d, f, k):
+    n, f = tokens(backend, n), latents(backend, f)
     values, indices, W, _ = problem(n, d, f, k, dtype, device_of(backend))
     rows = randn(n, d, dtype=dtype, seed=7).to(W.device)
     expected = truth(values, indices, rows, f)
@@ -25,10 +26,10 @@ def test_matches_the_definition(backend, dtype, n, d, f, k):
     scale = 2 * (1 + n * k / f) ** 0.5
     dense = ops.sparse_grad_weight(values, indices, rows, f)
     assert_close(dense, expected, plain, dtype, scale=scale)
-    latents, grads = ops.sparse_grad_weight(values, indices, rows, f, layout="rows")
-    assert latents.dtype == torch.int32
-    assert torch.equal(latents.long(), indices.long().unique())
-    assert_close(grads, expected[latents.long().cpu()], plain[latents.long()], dtype, scale=scale)
+    touched, grads = ops.sparse_grad_weight(values, indices, rows, f, layout="rows")
+    assert touched.dtype == torch.int32
+    assert torch.equal(touched.long(), indices.long().unique())
+    assert_close(grads, expected[touched.long().cpu()], plain[touched.long()], dtype, scale=scale)
     again = ops.sparse_grad_weight(values, indices, rows, f, layout="rows")
     assert torch.equal(dense, ops.sparse_grad_weight(values, indices, rows, f))
     assert torch.equal(grads, again[1])
@@ -50,8 +51,35 @@ def test_empty(backend, n, k):
     values, indices, W, _ = problem(n, 30, 90, k, torch.float32, device_of(backend))
     rows = W.new_zeros(n, 30)
     assert torch.equal(ops.sparse_grad_weight(values, indices, rows, 90), W.new_zeros(90, 30))
-    latents, grads = ops.sparse_grad_weight(values, indices, rows, 90, layout="rows")
-    assert latents.shape == (0,) and grads.shape == (0, 30)
+    touched, grads = ops.sparse_grad_weight(values, indices, rows, 90, layout="rows")
+    assert touched.shape == (0,) and grads.shape == (0, 30)
+
+
+def test_triton_and_cuda_leave_out_an_index_out_of_range(gpu_backend):
+    values, indices, W, _ = problem(9, 30, 20, 6, torch.float32, device_of(gpu_backend))
+    rows = randn(9, 30, seed=7).to(W.device)
+    kept, zeroed = indices.clone(), values.clone()
+    kept[3, :4], zeroed[3, :4] = 0, 0
+    expected = ops.sparse_grad_weight(zeroed, kept, rows, 20)
+    indices[3, :4] = torch.tensor([-1, 20, 2**31 - 1, -(2**31)], device=W.device)
+    torch.testing.assert_close(ops.sparse_grad_weight(values, indices, rows, 20), expected)
+    touched, grads = ops.sparse_grad_weight(values, indices, rows, 20, layout="rows")
+    inside = indices[(indices >= 0) & (indices < 20)]
+    assert torch.equal(touched.long(), inside.long().unique())
+    torch.testing.assert_close(grads, expected[touched.long()])
+
+
+def test_triton_segments_of_every_length(gpu_backend):
+    """Segments that start and end inside, at and beyond the runs that are summed beforehand."""
+    lengths = [255, 1, 256, 0, 700, 3, 512, 57]  # 1784 pairs; tiles of 256
+    indices = torch.arange(8, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    indices = indices[torch.randperm(1784, generator=generator(3))].view(446, 4)
+    values, rows = randn(446, 4), randn(446, 5, seed=7)
+    expected = truth(values, indices, rows, 8)
+    place = device_of(gpu_backend)
+    dense = ops.sparse_grad_weight(values.to(place), indices.to(place), rows.to(place), 8)
+    plain = reference.sparse_grad_weight(values, indices, rows, 8)
+    assert_close(dense, expected, plain, torch.float32, scale=20)
 
 
 @pytest.mark.parametrize("bad", [-1, 90, 2**33])

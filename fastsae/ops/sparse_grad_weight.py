@@ -44,7 +44,8 @@ def sparse_grad_weight(
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or layout do not fit.
-        RuntimeError: an index out of range (found on the CPU before anything is read).
+        RuntimeError: an index out of range (found on the CPU before anything is read; the GPU
+            kernels cannot raise without a sync: there it adds nothing).
     """
     _common.refuse_transforms(_OP, values, rows)
     if layout == "dense":
