@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_of, max_error, randn, takes_fp64
+from conftest import device_of, latents, max_error, randn, takes_fp64, tokens
 from test_sparse_decode import problem
 from test_sparse_grad_weight import truth
 
+import fastsae
 from fastsae import ops
 
 HYPER = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8)
@@ -36,7 +37,7 @@ def project(param, grad):
 
 @pytest.mark.parametrize("unit_norm", [False, True], ids=["plain", "unit-norm"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01], ids=["no-decay", "decay"])
-@pytest.mark.parametrize("n,d,f,k", [(40, 33, 70, 5), (3, 64, 300, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("n,d,f,k", [(40, 33, 29, 5), (3, 64, 45, 2), (1, 1, 1, 1)])
 def test_dense_semantics_equal_torch_adam(backend, n, d, f, k, unit_norm, weight_decay):
     if unit_norm and d == 1:
         pytest.skip("a unit row of one element has nothing orthogonal to it")
@@ -45,7 +46,7 @@ def test_dense_semantics_equal_torch_adam(backend, n, d, f, k, unit_norm, weight
     twin = torch.nn.Parameter(start.clone())
     adam = torch.optim.Adam([twin], lr=HYPER["lr"], betas=(0.9, 0.99), eps=1e-8)
     options = dict(unit_norm=unit_norm, weight_decay=weight_decay)
-    for values, indices, rows, m, v in steps(param, n, k, 8, torch.float32, **options):
+    for values, indices, rows, m, v in steps(param, n, k, 4, torch.float32, **options):
         grad = truth(values, indices, rows, f)
         if unit_norm:
             twin.grad = project(twin.detach(), grad)
@@ -89,11 +90,11 @@ def test_low_precision_params_keep_wide_moments(backend, dtype_):
 
 
 def test_lazy_leaves_other_rows_alone(backend):
-    start = torch.nn.functional.normalize(randn(300, 24), dim=1).to(device_of(backend))
+    start = torch.nn.functional.normalize(randn(60, 24), dim=1).to(device_of(backend))
     param = start.clone()
     dense = start.clone()
     lazy_steps = steps(param, 10, 3, 3, torch.float32, lazy=True, unit_norm=True)
-    seen = torch.zeros(300, dtype=torch.bool)
+    seen = torch.zeros(60, dtype=torch.bool)
     for t, (_, indices, _, m, v) in enumerate(lazy_steps):  # noqa: B007 (m, v: after the loop)
         seen[indices.long().flatten().cpu()] = True
         if t == 0:  # the first step of touched rows is the dense one
@@ -102,6 +103,32 @@ def test_lazy_leaves_other_rows_alone(backend):
     assert torch.equal(param[~seen], start[~seen]) and not torch.equal(param[seen], start[seen])
     assert (m[~seen] == 0).all() and (v[~seen] == 0).all() and (v[seen] > 0).all()
     assert max_error(param[seen].norm(dim=1), torch.ones(int(seen.sum()))) < 1e-6
+
+
+@pytest.mark.parametrize("d", [8200, 12289], ids=["two-blocks", "odd"])
+@pytest.mark.parametrize("unit_norm", [False, True], ids=["plain", "unit-norm"])
+def test_rows_wider_than_a_program(gpu_backend, d, unit_norm):
+    start = torch.nn.functional.normalize(randn(3, d), dim=1)
+    results = []
+    for name in ("reference", gpu_backend):
+        param = start.to(device_of(name), copy=True)
+        with fastsae.use_backend(name):
+            state = list(steps(param, 4, 2, 2, torch.float32, unit_norm=unit_norm))[-1]
+        results.append((param, *state[-2:]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=1e-5, atol=2e-6)
+
+
+def test_triton_and_cuda_touch_no_row_for_an_index_out_of_range(gpu_backend):
+    param = randn(20, 8).to(device_of(gpu_backend))
+    before = param.clone()
+    m, v = moments(param)
+    indices = torch.tensor([[-1, 20], [2**31 - 1, 4]], dtype=torch.int32, device=param.device)
+    rows = randn(2, 8, seed=3).to(param.device)
+    values = torch.ones(2, 2, device=param.device)
+    ops.sparse_adam_step(param, m, v, values, indices, rows, step=1, lazy=True, **HYPER)
+    changed = (param != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [4]
 
 
 def test_zero_rows_stay_zero_under_unit_norm(backend):
@@ -126,8 +153,8 @@ def test_index_out_of_range_writes_nothing():
 def test_repeatable(backend):
     results = []
     for _ in range(2):
-        param = randn(100, 40).to(device_of(backend))
-        for (*_,) in steps(param, 200, 8, 3, torch.float32):
+        param = randn(latents(backend, 100), 40).to(device_of(backend))
+        for (*_,) in steps(param, tokens(backend, 200), 8, 3, torch.float32):
             pass
         results.append(param)
     assert torch.equal(*results)

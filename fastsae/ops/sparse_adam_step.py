@@ -55,7 +55,8 @@ def sparse_adam_step(
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes, layout or hyperparameters do not fit.
-        RuntimeError: an index out of range (found on the CPU before anything is written).
+        RuntimeError: an index out of range (found on the CPU before anything is written; the GPU
+            kernels cannot raise without a sync: there it touches no row).
 
     Source: Kingma & Ba 2015; projection as in Bricken et al. 2023, "Towards Monosemanticity".
     """
