@@ -68,8 +68,6 @@ def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     if dtype not in _GPU_DTYPES:
         return f"the {backend} kernels do not take {dtype}"
     if backend == "triton":
-        if device != "cuda":
-            return f"the triton kernels need a GPU tensor, got {device}"
         module = _triton_module(op)
         if isinstance(module, str):
             return f"no Triton kernel for {op}: {module}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -90,3 +91,13 @@ def test_import_is_light():
     runs = [python(code).stdout.split("\n") for _ in range(3)]
     assert min(float(r[0]) for r in runs) < 0.3
     assert runs[0][1] == "[]"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+def test_triton_takes_cpu_tensors_only_when_interpreted():
+    code = "import torch, fastsae; print(fastsae.explain('sparse_decode', torch.zeros(2)))"
+    plain = python(code, TRITON_INTERPRET="0").stdout
+    assert "triton: the triton kernels need a GPU tensor, got cpu" in plain
+    interpreted = python(code, TRITON_INTERPRET="1").stdout
+    assert "triton: usable" in interpreted
+    assert "torch.float32: triton" not in interpreted  # never the default on a CPU
