@@ -10,18 +10,11 @@ table can be measured in short pieces.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 import re
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,323 +24,40 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # without a GPU its Triton import fails
 
-import fastsae  # noqa: E402
+from fastsae.bench.inputs import (  # noqa: E402, F401
+    CACHE_BYTES,
+    normal,
+    random_pairs,
+    rotations,
+    unit_rows,
+)
+from fastsae.bench.machine import (  # noqa: E402, F401
+    at_level,
+    cpu_kernel_level,
+    cpu_level,
+    header,
+    levels,
+    machine,
+    product_library,
+)
+from fastsae.bench.timing import (  # noqa: E402, F401
+    PRODUCT_DEFAULT,
+    PRODUCT_ONEDNN,
+    Contender,
+    Measurement,
+    WrongError,
+    measure,
+    peak_extra_mb,
+    peak_mb,
+    products,
+    rss_mb,
+    verify,
+)
 
 SHAPES = ((2048, 768, 24576), (2048, 384, 12288), (1024, 2048, 32768))
 QUICK_SHAPES = ((256, 64, 1024),)
 KS = (32, 64)
-PRODUCT_DEFAULT = "product, default"
-PRODUCT_ONEDNN = "product, oneDNN"
 RATIOS = ("of_default", "of_onednn", "of_own")
-CALM = 0.05  # share of the CPUs that other processes may take in a round that counts
-CACHE_BYTES = 96 << 20  # rotate inputs until they exceed this: three times a 32 MB last-level cache
-
-
-class WrongError(Exception):
-    """A contender's result failed its check: it is not timed."""
-
-
-@dataclass
-class Contender:
-    """One thing to time. `run(i)` works on the i-th set of rotated inputs, returns its result."""
-
-    name: str
-    run: Callable[[int], Any]
-    # takes run(0)'s result; returns a note for the table, raises WrongError
-    check: Callable[[Any], str] | None = None
-    library: str = "default"  # torch's fp32 products: "default" or "onednn"
-    every: int = 1  # runs in every n-th round only, for contenders that take seconds
-
-
-@dataclass
-class Measurement:
-    name: str
-    note: str = ""
-    failed: str = ""
-    others: float = 0.0
-    times: dict[int, float] = field(default_factory=dict)  # round -> seconds
-
-    def ms(self, q: float = 0.5) -> float:
-        ordered = sorted(self.times.values())
-        return 1e3 * ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
-
-    def median_ms(self) -> float:
-        return 1e3 * statistics.median(self.times.values())
-
-    def ratio(self, unit: Measurement | None) -> float | None:
-        if unit is None or not self.times or not unit.times:
-            return None
-        shared = self.times.keys() & unit.times.keys()
-        if len(shared) < min(5, len(self.times), len(unit.times)):
-            return self.median_ms() / unit.median_ms()
-        return statistics.median(self.times[r] / unit.times[r] for r in shared)
-
-
-# ---- the machine ----------------------------------------------------------------------------
-
-
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    git = ["git", "-C", str(HERE.parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--", "fastsae", "csrc"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if dirty else "")
-
-
-def cpu_level() -> str:
-    from fastsae import _library
-
-    if _library.CPU_MISSING is not None:
-        return "not built"
-    return str(torch.ops.fastsae._cpu_level())
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "level": cpu_level(),
-        "torch": torch.__version__,
-        "fastsae": fastsae.__version__,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def header() -> str:
-    m = machine()
-    return (
-        f"# {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['level']}, "
-        f"torch {m['torch']}, fastsae {m['fastsae']} ({m['commit']}), {m['date']}"
-    )
-
-
-@contextlib.contextmanager
-def product_library(name: str) -> Iterator[None]:
-    """torch's fp32 products through its default library, or through oneDNN."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if name == "onednn" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def cpu_kernel_level(level: str | None) -> Iterator[None]:
-    """fastsae's C++ kernels at a lower level (None: as detected)."""
-    if level is None:
-        yield
-        return
-    before = torch.ops.fastsae._cpu_level()
-    torch.ops.fastsae._set_cpu_level(level)
-    try:
-        yield
-    finally:
-        torch.ops.fastsae._set_cpu_level(before)
-
-
-def at_level(level: str, run: Callable[[int], Any]) -> Callable[[int], Any]:
-    def wrapped(i: int) -> Any:
-        with cpu_kernel_level(level):
-            return run(i)
-
-    return wrapped
-
-
-def levels() -> list[str]:
-    """The C++ levels this CPU has, lowest first."""
-    if cpu_level() == "not built":
-        return []
-    return re.findall(r"\w+", torch.ops.fastsae._cpu_levels())
-
-
-# ---- inputs -----------------------------------------------------------------------------------
-
-
-def rotations(bytes_per_set: int, most: int = 8) -> int:
-    """How many input sets make the rotation larger than the cache."""
-    return max(2, min(most, -(-CACHE_BYTES // max(1, bytes_per_set))))
-
-
-def unit_rows(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(*shape, generator=g)
-    return (w / w.norm(dim=-1, keepdim=True)).to(dtype)
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def random_pairs(
-    n: int, k: int, f: int, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """values [n, k] and distinct indices [n, k] int32 with the skew of real SAEs.
-
-    A trained SAE's latents fire at very different rates: half of the indices are drawn
-    uniformly, half towards low numbers (log-uniform), so that some latents own many pairs.
-    """
-    g = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(n, 2 * k, generator=g)
-    skewed = torch.exp(uniform * torch.log(torch.tensor(float(f)))) - 1
-    pick = torch.where(torch.rand(n, 2 * k, generator=g) < 0.5, uniform * f, skewed)
-    candidates = pick.long().clamp_(max=f - 1)
-    indices = torch.empty(n, k, dtype=torch.int32)
-    for row in range(n):
-        unique = torch.unique(candidates[row])
-        unique = unique[torch.randperm(len(unique), generator=g)][:k]
-        while len(unique) < k:  # a rare row with many repeats
-            extra = torch.randint(f, (k,), generator=g)
-            unique = torch.unique(torch.cat([unique, extra]))[:k]
-        indices[row] = unique.int()
-    values = torch.rand(n, k, generator=g).to(dtype) + 0.1
-    return values, indices
-
-
-# ---- timing -----------------------------------------------------------------------------------
-
-
-def verify(contender: Contender) -> Measurement:
-    """One untimed run and its check."""
-    m = Measurement(contender.name)
-    try:
-        with product_library(contender.library):
-            result = contender.run(0)
-        if contender.check is not None:
-            m.note = contender.check(result)
-    except WrongError as error:
-        m.failed = f"wrong, not timed: {error}"
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-        m.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    return m
-
-
-def _cpu_seconds() -> tuple[float, float]:
-    """CPU seconds used on this machine by everything, and by this process."""
-    own = os.times()
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
-        return 0.0, 0.0
-    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(v) for v in fields)
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy, own.user + own.system
-
-
-def measure(
-    contenders: Sequence[Contender], *, rounds: int, seconds: float, warmup: int = 1
-) -> list[Measurement]:
-    """Verifies every contender, then times the right ones in interleaved rounds.
-
-    Stops after `rounds` undisturbed rounds, or after `seconds` once three rounds are complete.
-    A round is disturbed when other processes took more than 5% of the CPUs during it: those
-    rounds are dropped, as long as five remain, otherwise the calmest half is kept. The share that
-    others took in the rounds kept is in every row.
-    """
-    results = [verify(c) for c in contenders]
-    live = [(c, m) for c, m in zip(contenders, results) if not m.failed]
-    for m in results:
-        if m.failed:
-            print(f"  {m.name}: {m.failed}", flush=True)
-    for contender, _ in live:
-        for i in range(warmup if contender.every == 1 else 0):
-            with product_library(contender.library):
-                contender.run(i)
-    others: dict[int, float] = {}  # round -> share of the CPUs that other processes took
-    begin = time.perf_counter()
-    for r in range(4 * rounds):
-        elapsed = time.perf_counter() - begin
-        calm = sum(share <= CALM for share in others.values())
-        if calm >= rounds or (r >= 3 and elapsed > seconds):
-            break
-        round_begin, (busy, own) = time.perf_counter(), _cpu_seconds()
-        for contender, m in live:
-            if r % contender.every:
-                continue
-            with product_library(contender.library):
-                start = time.perf_counter()
-                contender.run(r)
-                m.times[r] = time.perf_counter() - start
-        busy_after, own_after = _cpu_seconds()
-        wall = (time.perf_counter() - round_begin) * (os.cpu_count() or 1)
-        others[r] = max(0.0, (busy_after - busy) - (own_after - own)) / wall
-    for _, m in live:
-        ran = sorted(m.times, key=lambda r: others[r])
-        calm = sum(others[r] <= CALM for r in ran)
-        kept = ran[: calm if calm >= 5 else max(calm, 3, len(ran) // 2)]
-        m.times = {r: m.times[r] for r in sorted(kept)}
-        m.others = statistics.mean(others[r] for r in m.times)
-    return results
-
-
-def products(x: Sequence[torch.Tensor], w: Sequence[torch.Tensor]) -> list[Contender]:
-    """The two units: torch's product x @ W_enc.T, nothing else."""
-
-    def run(i: int) -> torch.Tensor:
-        return x[i % len(x)] @ w[i % len(w)].T
-
-    def check(got: torch.Tensor) -> str:
-        rows = slice(0, 64)
-        truth = x[0][rows].double() @ w[0].double().T
-        error = (got[rows].double() - truth).abs().max().item()
-        if x[0].dtype == torch.float32 and error > 1e-4 * truth.abs().max().item():
-            raise WrongError(f"max error {error:.1e} is not fp32 accuracy")
-        return f"max error {error:.1e}"
-
-    return [
-        Contender(PRODUCT_DEFAULT, run, check),
-        Contender(PRODUCT_ONEDNN, run, check, library="onednn"),
-    ]
-
-
-# ---- memory -----------------------------------------------------------------------------------
-
-
-def _status_mb(field_name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field_name):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field_name}")
-
-
-def peak_extra_mb(run: Callable[[], Any]) -> float:
-    """High-water mark of this process's resident memory during run(), above its start, in MB.
-
-    The result's own memory is part of it. Call it in a fresh process, after a small warm-up call.
-    """
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_mb("VmRSS")
-    kept = run()
-    peak = _status_mb("VmHWM")
-    del kept
-    return max(0.0, peak - before)
-
-
-def rss_mb() -> float:
-    return _status_mb("VmRSS")
-
-
-def peak_mb() -> float:
-    return _status_mb("VmHWM")
 
 
 # ---- rows -------------------------------------------------------------------------------------

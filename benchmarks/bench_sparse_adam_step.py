@@ -23,34 +23,11 @@ import _harness as h
 from bench_sparse_grad_weight import index_add
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "sparse_adam_step"
 WHOLE = "fastsae, whole backward with Adam"
 LR = 1e-4
-
-
-def adam_check(
-    param: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
-) -> Callable[[Any], str]:
-    """One dense step from fresh moments against torch.optim.Adam on the same gradient."""
-
-    def check(_: Any) -> str:
-        got = param.clone()
-        state = torch.zeros(2, *param.shape)
-        fastsae.ops.sparse_adam_step(got, state[0], state[1], values, indices, rows, lr=LR, step=1)
-        truth = param.float().clone().requires_grad_()
-        truth.grad = index_add(values.float(), indices.long(), rows.float(), len(param))
-        # the sign of a gradient that is rounding alone is anybody's: such elements move by lr
-        decided = truth.grad.abs() > 1e-5 * truth.grad.abs().max()
-        decided |= truth.grad == 0
-        torch.optim.Adam([truth], lr=LR).step()
-        error = ((got.float() - truth.detach()).abs() * decided).max().item()
-        slack = 0.0 if param.dtype == torch.float32 else torch.finfo(param.dtype).eps
-        if error > 0.02 * LR + slack * param.abs().max().item():
-            raise h.WrongError(f"off by {error:.1e}, lr is {LR:.0e}")
-        return f"max error {error:.1e}"
-
-    return check
 
 
 def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[h.Contender]:
@@ -59,7 +36,8 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
     grads = [h.normal(n, d, seed=20 + s, dtype=dtype) * 1e-3 for s in range(2)]
     sets = [h.random_pairs(n, k, f, seed=s, dtype=dtype) for s in range(2)]
     long_sets = [(v, i.long()) for v, i in sets]
-    check = adam_check(h.unit_rows(f, d, seed=1, dtype=dtype), *sets[0], grads[0])
+    start = h.unit_rows(f, d, seed=1, dtype=dtype)
+    check = checks.adam(fastsae.ops.sparse_adam_step, start, *sets[0], grads[0], LR)
 
     def with_state(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return h.unit_rows(f, d, seed=seed, dtype=dtype), torch.zeros(f, d), torch.zeros(f, d)
@@ -139,7 +117,7 @@ def test_sparse_adam_step(benchmark: Any, lazy: bool) -> None:
     param = h.unit_rows(1024, 64, seed=1)
     values, indices = h.random_pairs(256, 16, 1024, seed=0)
     rows = h.normal(256, 64, seed=2)
-    adam_check(param, values, indices, rows)(None)
+    checks.adam(fastsae.ops.sparse_adam_step, param, values, indices, rows, LR)(None)
     state = torch.zeros(2, 1024, 64)
 
     def run() -> None:

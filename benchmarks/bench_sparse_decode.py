@@ -6,7 +6,7 @@ python benchmarks/bench_sparse_decode.py [--shapes 2048x768x24576] [--k 32] [--d
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "sparse_decode"
-
-
-def decode_check(
-    values: torch.Tensor, indices: torch.Tensor, w: torch.Tensor
-) -> Callable[[Any], str]:
-    def check(got: torch.Tensor) -> str:
-        worst = 0.0
-        for rows in (slice(0, 32), slice(-32, None)):
-            chosen = w[indices[rows].long()].double()
-            truth = torch.einsum("nk,nkd->nd", values[rows].double(), chosen)
-            error = (got[rows].double() - truth).abs().max().item()
-            if error > 32 * torch.finfo(w.dtype).eps * max(1.0, truth.abs().max().item()):
-                raise h.WrongError(f"off by {error:.1e}")
-            worst = max(worst, error)
-        return f"max error {worst:.1e}"
-
-    return check
 
 
 def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[h.Contender]:
@@ -46,7 +30,7 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
     ws = [h.unit_rows(f, d, seed=100 + s, dtype=dtype) for s in range(copies)]
     sets = [h.random_pairs(n, k, f, seed=s, dtype=dtype) for s in range(4)]
     long_sets = [(v, i.long()) for v, i in sets]
-    check = decode_check(*sets[0], ws[0])
+    check = checks.decoded(*sets[0], ws[0])
 
     def own(i: int) -> torch.Tensor:
         v, idx = sets[i % 4]
@@ -93,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def test_sparse_decode(benchmark: Any, dtype: torch.dtype) -> None:
     w = h.unit_rows(1024, 64, seed=1, dtype=dtype)
     values, indices = h.random_pairs(256, 16, 1024, seed=0, dtype=dtype)
-    decode_check(values, indices, w)(fastsae.ops.sparse_decode(values, indices, w))
+    checks.decoded(values, indices, w)(fastsae.ops.sparse_decode(values, indices, w))
     benchmark(fastsae.ops.sparse_decode, values, indices, w)
 
 

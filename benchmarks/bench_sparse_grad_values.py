@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "sparse_grad_values"
-
-
-def grad_values_check(
-    grad: torch.Tensor, indices: torch.Tensor, w: torch.Tensor
-) -> Callable[[Any], str]:
-    def check(got: torch.Tensor) -> str:
-        worst = 0.0
-        for rows in (slice(0, 32), slice(-32, None)):
-            chosen = w[indices[rows].long()].double()
-            truth = torch.einsum("nd,nkd->nk", grad[rows].double(), chosen)
-            error = (got[rows].double() - truth).abs().max().item()
-            if error > 32 * torch.finfo(w.dtype).eps * max(1.0, truth.abs().max().item()):
-                raise h.WrongError(f"off by {error:.1e}")
-            worst = max(worst, error)
-        return f"max error {worst:.1e}"
-
-    return check
 
 
 def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[h.Contender]:
@@ -47,7 +31,7 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
     ws = [h.unit_rows(f, d, seed=100 + s, dtype=dtype) for s in range(copies)]
     sets = [h.random_pairs(n, k, f, seed=s, dtype=dtype)[1] for s in range(4)]
     long_sets = [i.long() for i in sets]
-    check = grad_values_check(gs[0], sets[0], ws[0])
+    check = checks.grad_values(gs[0], sets[0], ws[0])
 
     def own(i: int) -> torch.Tensor:
         return fastsae.ops.sparse_grad_values(gs[i % 4], sets[i % 4], ws[i % copies])
@@ -106,7 +90,7 @@ def test_sparse_grad_values(benchmark: Any, dtype: torch.dtype) -> None:
     w = h.unit_rows(1024, 64, seed=1, dtype=dtype)
     grad = h.normal(256, 64, seed=2, dtype=dtype)
     indices = h.random_pairs(256, 16, 1024, seed=0)[1]
-    grad_values_check(grad, indices, w)(fastsae.ops.sparse_grad_values(grad, indices, w))
+    checks.grad_values(grad, indices, w)(fastsae.ops.sparse_grad_values(grad, indices, w))
     benchmark(fastsae.ops.sparse_grad_values, grad, indices, w)
 
 

@@ -6,7 +6,7 @@ python benchmarks/bench_sparse_grad_weight.py [--shapes 2048x768x24576] [--k 32]
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "sparse_grad_weight"
-
-
-def grad_weight_check(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, f: int
-) -> Callable[[Any], str]:
-    """Checks a dense gradient, or (latents, grads), on the busiest, the rarest and idle latents."""
-    counts = torch.bincount(indices.flatten().long(), minlength=f)
-    order = counts.argsort(descending=True)
-    some = torch.cat([order[:16], order[len(order) // 2 :][:16], order[-16:]]).unique()
-
-    def check(got: Any) -> str:
-        if isinstance(got, tuple):
-            latents, grads = got
-            if not torch.equal(latents.long(), counts.nonzero().squeeze(1)):
-                raise h.WrongError("the latents are not those that occur")
-            full = torch.zeros(f, rows.shape[1], dtype=rows.dtype)
-            full[latents.long()] = grads
-            got = full
-        worst = 0.0
-        for latent in some.tolist():
-            where = indices == latent
-            n = where.any(1)
-            v = (values * where).sum(1)[n].double()
-            truth = v @ rows[n].double()
-            error = (got[latent].double() - truth).abs().max().item()
-            terms = max(1.0, float(counts[latent]) ** 0.5) * rows.abs().max().item()
-            if error > 16 * torch.finfo(rows.dtype).eps * terms:
-                raise h.WrongError(f"latent {latent} is off by {error:.1e}")
-            worst = max(worst, error)
-        return f"max error {worst:.1e}"
-
-    return check
 
 
 def index_add(
@@ -68,7 +37,7 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
     w = h.unit_rows(f, d, seed=100, dtype=dtype)
     sets = [h.random_pairs(n, k, f, seed=s, dtype=dtype) for s in range(4)]
     long_sets = [(v, i.long()) for v, i in sets]
-    check = grad_weight_check(*sets[0], rows[0], f)
+    check = checks.grad_weight(*sets[0], rows[0], f)
 
     def own(i: int) -> torch.Tensor:
         return fastsae.ops.sparse_grad_weight(*sets[i % 4], rows[i % 4], f)
@@ -129,7 +98,7 @@ def test_sparse_grad_weight(benchmark: Any, layout: str) -> None:
     def run() -> Any:
         return fastsae.ops.sparse_grad_weight(values, indices, rows, 1024, layout=layout)
 
-    grad_weight_check(values, indices, rows, 1024)(run())
+    checks.grad_weight(values, indices, rows, 1024)(run())
     benchmark(run)
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "topk"
 SHAPES = (
@@ -37,23 +38,10 @@ def row_shape(text: str) -> tuple[int, int]:
     return n, m
 
 
-def check_of(x: torch.Tensor, k: int) -> Any:
-    expected = x[:32].double().sort(dim=1, descending=True, stable=True)
-
-    def check(got: Any) -> str:
-        values, indices = got
-        if not torch.equal(values[:32].double(), expected.values[:, :k]):
-            raise h.WrongError("values are not the k largest, in order")
-        same = torch.equal(indices[:32].long(), expected.indices[:, :k])
-        return "canonical" if same else "ties in another order"
-
-    return check
-
-
 def contenders(n: int, m: int, k: int, dtype: torch.dtype) -> list[h.Contender]:
     copies = h.rotations(n * m * dtype.itemsize, most=4)
     xs = [h.normal(n, m, seed=s, dtype=dtype) for s in range(copies)]
-    check = check_of(xs[0], k)
+    check = checks.largest(xs[0], k)
     return [
         h.Contender("fastsae", lambda i: fastsae.ops.topk(xs[i % copies], k), check),
         h.Contender("torch.topk", lambda i: torch.topk(xs[i % copies], k), check),
@@ -85,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_topk(benchmark: Any, dtype: torch.dtype) -> None:
     x = h.normal(64, 4096, seed=0, dtype=dtype)
-    check_of(x, 32)(fastsae.ops.topk(x, 32))
+    checks.largest(x, 32)(fastsae.ops.topk(x, 32))
     benchmark(fastsae.ops.topk, x, 32)
 
 

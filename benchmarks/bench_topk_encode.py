@@ -24,66 +24,10 @@ import _harness as h
 import _peers as peers
 
 import fastsae
+from fastsae.bench import checks
 
 NAME = "topk_encode"
 PLAIN = "fastsae, plain fp32 (avx512)"
-
-
-def fp64_top(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted indices of the fp64 top k per row, and the k-th value. In slabs of rows."""
-    wt = w.double().T
-    indices, kth = [], []
-    for rows in x.split(256):
-        pre = rows.double() @ wt
-        if b is not None:
-            pre += b.double()
-        top = pre.topk(k, dim=-1)
-        indices.append(top.indices.sort(dim=-1).values)
-        kth.append(top.values[:, -1])
-    return torch.cat(indices), torch.cat(kth)
-
-
-def selection_check(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int
-) -> Callable[[Any], str]:
-    """A check of (values, indices); the fp64 truth is computed once."""
-    truth: list[torch.Tensor] = []
-
-    def check(result: Any) -> str:
-        if not truth:
-            truth.extend(fp64_top(x, w, b, k))
-        best, kth = truth
-        values, indices = result[0], result[1].long()
-        if indices.shape != (len(x), k):
-            raise h.WrongError(f"indices are {tuple(indices.shape)}")
-        exact = (indices.sort(dim=-1).values == best).all(dim=-1)
-        off = (~exact).nonzero().squeeze(1)
-        eps = torch.finfo(x.dtype).eps
-        for row in off.tolist():
-            chosen = w[indices[row]].double()
-            pre = chosen @ x[row].double()
-            if b is not None:
-                pre += b[indices[row]].double()
-            # rounding of a fp32 dot product of D terms, relative to the terms' own size
-            slack = 8 * torch.finfo(torch.float32).eps * float(
-                (chosen.abs() @ x[row].double().abs()).max()
-            ) + (eps * float(kth[row].abs()) if x.dtype != torch.float32 else 0.0)
-            if len(set(indices[row].tolist())) < k or pre.min() < kth[row] - slack:
-                raise h.WrongError(
-                    f"row {row} misses a better latent by {kth[row] - pre.min():.2e}"
-                )
-        rows = slice(0, 64)
-        pre = torch.einsum("nd,nkd->nk", x[rows].double(), w[indices[rows]].double())
-        if b is not None:
-            pre += b[indices[rows]].double()
-        error = (values[rows].double() - pre.relu()).abs().max().item()
-        if error > 64 * eps * max(1.0, pre.abs().max().item()):
-            raise h.WrongError(f"values are off by {error:.1e}")
-        return f"{int(exact.sum())}/{len(x)} rows exact"
-
-    return check
 
 
 def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int) -> Any:
@@ -118,7 +62,7 @@ def contenders(
     copies = 1 if f * d * 4 > h.CACHE_BYTES / 3 else 2
     ws = [h.unit_rows(f, d, seed=100 + s, dtype=dtype) for s in range(copies)]
     b = h.normal(f, seed=7).mul_(0.01).to(dtype)
-    check = selection_check(xs[0], ws[0], b, k)
+    check = checks.selection(xs[0], ws[0], b, k)
 
     def run_eager(i: int) -> Any:
         return eager(xs[i % len(xs)], ws[i % len(ws)], b, k)
@@ -173,7 +117,7 @@ def real_contenders(f: int, k: int, cache: Path) -> tuple[list[h.Contender], tup
     held_out, w, b, b_dec = _real.trained_sae(f, k, cache)
     n = 2048
     xs = [(rows - b_dec).contiguous() for rows in held_out.split(n) if len(rows) == n][:8]
-    check = selection_check(xs[0], w, b, k)
+    check = checks.selection(xs[0], w, b, k)
 
     def run_eager(i: int) -> Any:
         return eager(xs[i % len(xs)], w, b, k)
@@ -226,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_topk_encode(benchmark: Any, dtype: torch.dtype) -> None:
     x, w = h.normal(256, 64, seed=0, dtype=dtype), h.unit_rows(1024, 64, seed=1, dtype=dtype)
-    selection_check(x, w, None, 16)(fastsae.ops.topk_encode(x, w, None, 16))
+    checks.selection(x, w, None, 16)(fastsae.ops.topk_encode(x, w, None, 16))
     benchmark(fastsae.ops.topk_encode, x, w, None, 16)
 
 

@@ -13,7 +13,8 @@ from . import _dispatch, _library
 from ._version import __version__
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed distribution; None when it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -31,7 +32,7 @@ def info() -> dict[str, Any]:
     return {
         "fastsae": __version__,
         "torch": torch.__version__,
-        "triton": _version_of("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

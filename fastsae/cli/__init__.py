@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 INSTALL = 'pip install "fastsae-kernels[cli]"'
-NEEDED = ("typer", "rich", "transformers", "jinja2", "tokenizers", "tqdm")
+NEEDED = ("typer", "rich", "transformers", "jinja2", "tokenizers", "tqdm", "matplotlib")
 
 
 def main() -> None:
@@ -18,14 +19,14 @@ def main() -> None:
     app()
 
 
-def fail_missing(error: ImportError) -> None:
+def fail_missing(error: ImportError) -> NoReturn:
     """Ends with a line that says how to get a missing package of the extra."""
     if error.name is None or error.name.split(".")[0] not in NEEDED:
         raise error
     fail(f"the command line needs {error.name}, which is not installed: {INSTALL}")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends with `message` on stderr and exit code 2."""
     sys.stderr.write(f"fastsae: {message}\n")
     raise SystemExit(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .info import info
 from .quickstart import quickstart
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(quickstart)
 app.command()(info)
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)
