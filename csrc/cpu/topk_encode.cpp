@@ -46,49 +46,7 @@ constexpr double kRescoreLimit = 0.08;  // share of rescored pairs beyond which 
 // Last call: [path (0 dot, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored pairs].
 std::atomic<int64_t> g_stats[4];
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Uninitialised, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n = 0) { resize(n); }
-  void resize(int64_t n) {
-    if (n <= 0) return;
-    void* p = nullptr;
-    if (posix_memalign(&p, 64, static_cast<size_t>(n) * sizeof(T)) != 0) throw std::bad_alloc();
-    data_.reset(static_cast<T*>(p));
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  std::unique_ptr<T, Free> data_;
-};
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Rows per panel: the smallest microkernel that needs no more panels than the widest.
-int panel_rows(int64_t n, int widest) {
-  const int64_t panels = (n + widest - 1) / widest;
-  const int64_t need = (n + panels - 1) / panels;
-  for (int mr : {1, 2, 4, 6, 8, 10, 12, 14}) {
-    if (mr >= need) return std::min(mr, widest);
-  }
-  return widest;
-}
-
-// sqrt of a sum of `terms` squares accumulated in fp32 lanes, rounded up. Anything that could
-// overflow later becomes inf. The constant covers squares that underflowed.
-inline float norm_above(float square, int64_t terms) {
-  const double rounding = 1.0 + static_cast<double>(terms / 16 + 32) * 0x1p-23;
-  const double norm =
-      std::sqrt(static_cast<double>(square) * rounding + static_cast<double>(terms) * 0x1p-125) *
-      (1 + 0x1p-22);
-  return norm <= 0x1p40 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
-}
+#include "cpu/topk_encode_pack.h"
 
 template <class In>
 Kernels<acc_t<In>, In> kernels_at(CpuLevel level) {
@@ -120,9 +78,10 @@ class Encoder {
         k_(k),
         relu_(relu),
         values_(values),
-        indices_(indices) {
-    bias_ = widened(bias, bias_store_, f);
-    scale_ = widened(scale, scale_store_, f);
+        indices_(indices),
+        bias_(widened(bias, bias_store_, f)),
+        scale_(widened(scale, scale_store_, f)),
+        pack_(kernels_, x, w, d, bias_, scale_) {
     threads_ = std::max<int64_t>(1, torch::stable::get_num_threads());
     capacity_ = k + std::max<int64_t>(k, 64);
     if (capacity_ > f + 1) capacity_ = std::max(f, k) + 1;  // a row never holds more than F
@@ -216,135 +175,8 @@ class Encoder {
               small ? kernels_.shrink : shrink_any<A>};
   }
 
-  // Rows r.. of x as [panels][D][mr], zero past n.
-  void pack_rows(int64_t r, int64_t n, int mr, A* out) const {
-    const int64_t panels = (n + mr - 1) / mr;
-    parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        A* panel = out + p * mr * d_;
-        for (int i = 0; i < mr; ++i) {
-          const int64_t row = p * mr + i;
-          const In* src = x_ + (r + row) * d_;
-          if (row < n) {
-            for (int64_t d = 0; d < d_; ++d) panel[d * mr + i] = widen(src[d]);
-          } else {
-            for (int64_t d = 0; d < d_; ++d) panel[d * mr + i] = A(0);
-          }
-        }
-      }
-    });
-  }
-
-  // Rows as bf16 pairs [panels][pairs][mr]; square and residual [n] unless null.
-  void pack_rows_bf16(int64_t r, int64_t n, int mr, uint32_t* out, float* square,
-                      float* residual) const {
-    const int64_t pairs = (d_ + 1) / 2, panels = (n + mr - 1) / mr;
-    parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
-      Buffer<uint32_t> tmp(pairs * kMaxCols);
-      float sq[kMaxCols], re[kMaxCols];
-      for (int64_t p = begin; p < end; ++p) {
-        const In* rows[kMaxCols] = {};
-        for (int i = 0; i < mr && p * mr + i < n; ++i) rows[i] = x_ + (r + p * mr + i) * d_;
-        kernels_.pack_bf16(rows, d_, tmp.get(), sq, re);
-        uint32_t* panel = out + p * mr * pairs;
-        for (int64_t q = 0; q < pairs; ++q) {
-          for (int i = 0; i < mr; ++i) panel[q * mr + i] = tmp[q * kMaxCols + i];
-        }
-        for (int i = 0; square && i < mr && p * mr + i < n; ++i) {
-          square[p * mr + i] = sq[i];
-          residual[p * mr + i] = re[i];
-        }
-      }
-    });
-  }
-
-  void latent_rows(int64_t first, int64_t end, int cols, const In** rows) const {
-    for (int i = 0; i < cols; ++i) rows[i] = first + i < end ? w_ + (first + i) * d_ : nullptr;
-  }
-
-  // Latents [begin, end) into panels of `out`; q_begin.. q_end of those panels.
-  void pack_latents(bool use_bf16, int64_t begin, int64_t end, int64_t q_begin, int64_t q_end,
-                    void* out) const {
-    const In* rows[kMaxCols];
-    for (int64_t q = q_begin; q < q_end; ++q) {
-      const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
-      latent_rows(begin + q * cols, end, cols, rows);
-      if (use_bf16) {
-        kernels_.pack_bf16(rows, d_, static_cast<uint32_t*>(out) + q * cols * ((d_ + 1) / 2),
-                           nullptr, nullptr);
-      } else {
-        kernels_.pack(rows, d_, static_cast<A*>(out) + q * cols * d_);
-      }
-    }
-  }
-
-  // The same for the filter, with the per-latent side of the error bound.
-  void pack_filter(int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, uint32_t* out,
-                   const FilterCols& fc) const {
-    const int cols = kernels_.bf16_cols;
-    const In* rows[kMaxCols];
-    float square[kMaxCols], residual[kMaxCols];
-    constexpr float kInf = std::numeric_limits<float>::infinity();
-    for (int64_t q = q_begin; q < q_end; ++q) {
-      latent_rows(begin + q * cols, end, cols, rows);
-      kernels_.pack_bf16(rows, d_, out + q * cols * ((d_ + 1) / 2), square, residual);
-      for (int i = 0; i < cols; ++i) {
-        const int64_t c = q * cols + i, j = begin + c;
-        const double scale = scale_ && j < end ? double(scale_[j]) : 1.0;
-        const double bias = bias_ && j < end ? double(bias_[j]) : 0.0;
-        // Roundings after the sums, and results that flush to zero (at most 2^-126 each).
-        const double slack = std::abs(bias) * 0x1p-20 + static_cast<double>(d_ + 8) * 0x1p-124;
-        const double dw = norm_above(residual[i], d_), norm = norm_above(square[i], d_) + dw;
-        const bool tame = std::abs(scale) <= 0x1p40 && std::abs(bias) <= 0x1p40;
-        // Not below 2^-60: the products of norms must not become denormal, which would lose bits.
-        const double size = std::max(std::abs(scale), 0x1p-60);
-        fc.scale[c] = static_cast<float>(scale);
-        fc.upper[c] = static_cast<float>(bias * scale + (slack * size + 0x1p-120));
-        fc.lower[c] = static_cast<float>(bias * scale - (slack * size + 0x1p-120));
-        fc.norm[c] = tame ? static_cast<float>(norm * size * (1 + 0x1p-20)) : kInf;
-        fc.residual[c] = tame ? static_cast<float>(dw * size * (1 + 0x1p-20)) : kInf;
-      }
-    }
-  }
-
   // Exact products of bf16 inputs where the CPU has them, else products in A.
   bool plain_bf16() const { return std::is_same<In, bf16>::value && kernels_.scan_bf16; }
-
-  // One row's scores of the latents listed, with the plain path's own order of summation.
-  void plain_scores(const void* a, int64_t row, int mr, const int32_t* latents, int64_t n,
-                    A* out) const {
-    const bool use_bf16 = plain_bf16();
-    const int64_t depth = use_bf16 ? (d_ + 1) / 2 : d_;
-    const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
-    Buffer<A> panel(cols * depth), x(depth);
-    // One row out of its panel; a bf16 pair is copied as the 4 bytes that it is.
-    for (int64_t d = 0; d < depth; ++d) {
-      x[d] = static_cast<const A*>(a)[(row / mr) * mr * depth + d * mr + row % mr];
-    }
-    A ranks[2 * kSlack], threshold;
-    int32_t index[2 * kSlack];
-    int64_t count;
-    for (int64_t i = 0; i < n; i += cols) {
-      const In* rows[kMaxCols];
-      const int m = static_cast<int>(std::min<int64_t>(cols, n - i));
-      for (int c = 0; c < cols; ++c) rows[c] = c < m ? w_ + int64_t(latents[i + c]) * d_ : nullptr;
-      PlainJob<A> job{};
-      job.depth = depth, job.mr = 1, job.panel_end = 1, job.n_rows = 1;
-      job.a = x.get(), job.b = panel.get(), job.n_cols = m, job.block = 1;
-      Rows<A> sink{ranks, index, &threshold, &count, kMaxCols + 1, 0, kMaxCols, shrink_any<A>};
-      threshold = std::numeric_limits<A>::quiet_NaN();
-      count = 0;
-      job.rows = &sink;
-      if (use_bf16) {
-        kernels_.pack_bf16(rows, d_, reinterpret_cast<uint32_t*>(panel.get()), nullptr, nullptr);
-        if constexpr (std::is_same<A, float>::value) kernels_.scan_bf16(job);
-      } else {
-        kernels_.pack(rows, d_, panel.get());
-        kernels_.scan(job);
-      }
-      for (int c = 0; c < m; ++c) out[i + index[c]] = ranks[c];
-    }
-  }
 
   A rank_of(A score, int64_t latent) const {
     if (bias_) score += bias_[latent];
@@ -435,97 +267,13 @@ class Encoder {
     return std::min(round_up(f_, cols), std::max<int64_t>(cols, bytes / row / cols * cols));
   }
 
-  PlainJob<A> plain_job(const void* a, int64_t n, int mr, bool use_bf16, Rows<A>* rows) const {
-    PlainJob<A> job{};
-    job.depth = use_bf16 ? (d_ + 1) / 2 : d_;
-    job.mr = mr;
-    job.panel_end = (n + mr - 1) / mr;
-    job.n_rows = n;
-    job.a = a;
-    const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
-    job.block = std::max<int64_t>(1, kBlockBytes / (cols * job.depth * int64_t(sizeof(A))));
-    job.bias = bias_;
-    job.scale = scale_;
-    job.rows = rows;
-    return job;
-  }
-
-  void scan_plain(const PlainJob<A>& job, bool use_bf16) const {
-    if constexpr (std::is_same<A, float>::value) {
-      if (use_bf16) return kernels_.scan_bf16(job);
-    }
-    kernels_.scan(job);
-  }
-
-  // Latents [first, F) by the plain path over rows already packed; all rows in one group.
-  void plain_chunks(const void* a, int64_t n, int mr, int64_t first, Rows<A>* rows) const {
-    const bool use_bf16 = plain_bf16();
-    const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
-    const int64_t chunk = chunk_latents(use_bf16, cols, kChunkBytes);
-    const PlainJob<A> base = plain_job(a, n, mr, use_bf16, rows);
-    Buffer<A> packed(chunk * base.depth);
-    for (int64_t c = first; c < f_; c += chunk) {
-      const int64_t c_end = std::min(f_, c + chunk);
-      parallel_for(0, (c_end - c + cols - 1) / cols, 2, [&](int64_t begin, int64_t end) {
-        pack_latents(use_bf16, c, c_end, begin, end, packed.get());
-      });
-      parallel_ranges(base.panel_end, mr * (c_end - c) * d_, [&](int64_t begin, int64_t end) {
-        PlainJob<A> job = base;
-        job.panel_begin = begin, job.panel_end = end;
-        job.b = packed.get(), job.n_cols = c_end - c, job.first = c;
-        scan_plain(job, use_bf16);
-      });
-    }
-  }
-
-  void run_plain(int64_t r, int64_t n) {
-    const bool use_bf16 = plain_bf16();
-    const int widest = use_bf16 ? kernels_.bf16_max_rows : kernels_.max_rows;
-    const int mr = panel_rows(n, widest);
-    const int64_t panels = (n + mr - 1) / mr, depth = use_bf16 ? (d_ + 1) / 2 : d_;
-    Buffer<A> a(panels * mr * depth);
-    if (use_bf16) {
-      pack_rows_bf16(r, n, mr, reinterpret_cast<uint32_t*>(a.get()), nullptr, nullptr);
-    } else {
-      pack_rows(r, n, mr, a.get());
-    }
-    const int64_t groups = panels >= 4 * threads_ ? 1 : groups_for(n);
-    std::vector<RowState> states(groups);
-    for (auto& s : states) init_rows(s, n);
-    if (groups == 1) {
-      plain_chunks(a.get(), n, mr, 0, &states[0].rows);
-    } else {
-      const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
-      const int64_t per = round_up((f_ + groups - 1) / groups, cols);
-      parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          PlainJob<A> job = plain_job(a.get(), n, mr, use_bf16, &states[g].rows);
-          const int64_t chunk = chunk_latents(use_bf16, cols, kBlockBytes);
-          Buffer<A> packed(chunk * depth);
-          const int64_t g_end = std::min(f_, (g + 1) * per);
-          for (int64_t c = g * per; c < g_end; c += chunk) {
-            const int64_t c_end = std::min(g_end, c + chunk);
-            pack_latents(use_bf16, c, c_end, 0, (c_end - c + cols - 1) / cols, packed.get());
-            job.b = packed.get(), job.n_cols = c_end - c, job.first = c;
-            scan_plain(job, use_bf16);
-          }
-        }
-      });
-    }
-    write_plain(states, a.get(), mr, r, n);
-  }
-
-  void write_plain(std::vector<RowState>& states, const void* a, int mr, int64_t r, int64_t n) {
-    parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        merge(states, row);
-        write_row(states[0].rows, row, r + row,
-                  [&](int64_t i, const int32_t* list, int64_t m, A* out) {
-                    plain_scores(a, i, mr, list, m, out);
-                  });
-      }
-    });
-  }
+  void run_plain(int64_t r, int64_t n);
+  void plain_scores(const void* a, int64_t row, int mr, const int32_t* latents, int64_t n,
+                    A* out) const;
+  PlainJob<A> plain_job(const void* a, int64_t n, int mr, bool use_bf16, Rows<A>* rows) const;
+  void scan_plain(const PlainJob<A>& job, bool use_bf16) const;
+  void plain_chunks(const void* a, int64_t n, int mr, int64_t first, Rows<A>* rows) const;
+  void write_plain(std::vector<RowState>& states, const void* a, int mr, int64_t r, int64_t n);
 
   struct Filter;
   void run_filter(int64_t r, int64_t n);
@@ -538,12 +286,14 @@ class Encoder {
   bool relu_;
   In* values_;
   int32_t* indices_;
-  const A *bias_, *scale_;
   Buffer<A> bias_store_, scale_store_;
+  const A *bias_, *scale_;
+  Packing<In> pack_;
   int64_t threads_, capacity_;
 };
 
 #include "cpu/topk_encode_filter.h"
+#include "cpu/topk_encode_plain.h"
 
 template <class In>
 void encode(const Tensor& x, const Tensor& w, const In* bias, const In* scale, int64_t k, bool relu,

@@ -120,7 +120,7 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     Buffer<float> lower(n * stride), upper(n * stride);
     std::vector<RowState> states(1);
     init_rows(states[0], n);
-    pack_rows_bf16(r, n, mr, a.get(), err_w.get(), err_dw.get());
+    pack_.rows_bf16(r, n, mr, a.get(), err_w.get(), err_dw.get());
     row_errors(n, err_w.get(), err_dw.get());
     for (int64_t i = 0; i < n; ++i) {
       threshold[i] = -std::numeric_limits<float>::infinity();
@@ -145,7 +145,7 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
       const int64_t len = c == 0 ? std::max<int64_t>(cols, chunk / 4 / cols * cols) : chunk;
       next = std::min(f_, c + len);
       parallel_for(0, (next - c + cols - 1) / cols, 2, [&](int64_t begin, int64_t end) {
-        pack_filter(c, next, begin, end, packed.get(), fc);
+        pack_.filter(c, next, begin, end, packed.get(), fc);
       });
       std::atomic<int64_t> waiting{0};
       parallel_ranges(panels, mr * (next - c) * d_, [&](int64_t begin, int64_t end) {
@@ -186,7 +186,7 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     // so that equal latents on both sides still tie.
     const int plain_mr = panel_rows(n, kernels_.max_rows);
     Buffer<A> plain_a((n + plain_mr - 1) / plain_mr * plain_mr * d_);
-    pack_rows(r, n, plain_mr, plain_a.get());
+    pack_.rows(r, n, plain_mr, plain_a.get());
     parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
       std::vector<A> scores(capacity_);
       for (int64_t row = begin; row < end; ++row) {
@@ -220,9 +220,9 @@ void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
     Buffer<float> store(5 * chunk);
     float* c0 = store.get();
     const FilterCols fc{c0, c0 + chunk, c0 + 2 * chunk, c0 + 3 * chunk, c0 + 4 * chunk};
-    pack_rows_bf16(0, n_, mr, a.get(), err_w.get(), err_dw.get());
+    pack_.rows_bf16(0, n_, mr, a.get(), err_w.get(), err_dw.get());
     row_errors(n_, err_w.get(), err_dw.get());
-    pack_filter(0, f_, 0, chunk / cols, packed.get(), fc);
+    pack_.filter(0, f_, 0, chunk / cols, packed.get(), fc);
     std::fill_n(threshold.get(), n_, -std::numeric_limits<float>::infinity());
     std::fill_n(count.get(), n_, 0);
     std::fill_n(limit.get(), n_, std::numeric_limits<int32_t>::max());
