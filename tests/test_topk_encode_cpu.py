@@ -272,6 +272,13 @@ def test_the_error_bound_holds(bf16_level, kind):
         assert (lower.double() <= truth).all() and (truth <= upper.double()).all()
 
 
+def test_bounds_of_no_rows(bf16_level):
+    bounds = torch.ops.fastsae._topk_encode_bounds(
+        torch.empty(0, 64), torch.zeros(40, 64), torch.zeros(40)
+    )
+    assert [list(b.shape) for b in bounds] == [[0, 40]] * 3
+
+
 def test_gives_up_the_filter_when_it_does_not_pay(bf16_level):
     """Latents that differ by less than the bound: the rest goes the plain way, still exact."""
     g = torch.Generator().manual_seed(0)

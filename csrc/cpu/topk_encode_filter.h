@@ -210,6 +210,7 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
 // Both bounds and the fp32 score of every pair [N, F], for the test of the proof.
 template <class In>
 void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
+  if (n_ == 0) return;
   if constexpr (std::is_same<In, float>::value) {
     const int mr = panel_rows(n_, kernels_.bf16_max_rows), cols = kernels_.bf16_cols;
     const int64_t panels = (n_ + mr - 1) / mr, pairs = (d_ + 1) / 2, stride = f_ + 2 * kSlack;
