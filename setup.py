@@ -35,6 +35,7 @@ TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest that the library
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false alarms in g++ 12 intrinsics
+    "-Wno-unknown-warning-option",  # clang has not the second
     f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
     f"-ffile-prefix-map={ROOT}/=",  # error messages name csrc/..., not this machine
 ]  # fmt: skip
