@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures every table of the README, in short pieces, then writes them into it.
 #
-#   benchmarks/run_all.sh [PIECE ...]     pieces: encode real backward step peers memory (default: all)
+#   benchmarks/run_all.sh [PIECE ...]     pieces: encode real topk backward step peers memory (default: all)
 #
 #   PYTHON=.venv/bin/python   interpreter      CACHE=DIR   activations and SAEs of the real rows
 #   WRAP="nice -n -5"         put before each piece, e.g. a lock that keeps the machine quiet
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 cache=${CACHE:-$HOME/.cache/fastsae-bench}
 shapes=${SHAPES:-"2048x768x24576 2048x384x12288 1024x2048x32768"}
-pieces=${*:-encode real backward step peers memory}
+pieces=${*:-encode real topk backward step peers memory}
 
 run() { ${WRAP:-} "$python" "$@"; }
 
@@ -26,6 +26,9 @@ for piece in $pieces; do
       "$python" benchmarks/minilm_activations.py --cache "$cache"
       "$python" benchmarks/_real.py --cache "$cache"
       run benchmarks/bench_topk_encode.py --real --k 32 --cache "$cache" ;;
+    topk)
+      run benchmarks/bench_topk.py
+      run benchmarks/bench_topk.py --shapes 64x16384 --k 4000 8192 16384 ;;
     backward)
       for op in sparse_decode sparse_grad_values sparse_grad_weight sparse_adam_step; do
         for shape in $shapes; do
