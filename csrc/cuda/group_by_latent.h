@@ -96,7 +96,7 @@ struct LatentPairs {
 // parts [2 ceil(P / kPart), D]. Part p of the sorted pairs holds pieces of at most two heavy
 // latents: that of its first pair has row 2p, that of its last pair, if another, row 2p + 1.
 template <int kVec, class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     sum_parts(GroupsView g, const T* values, const T* rows, int64_t D, uint32_t slices,
               float* parts) {
   const uint32_t warp = grid_warp();

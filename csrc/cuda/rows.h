@@ -12,6 +12,9 @@ namespace cuda {
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
 constexpr int kBatch = 8;  // rows in flight a warp
+// Blocks a multiprocessor for __launch_bounds__: 128 registers. Without it ptxas squeezes the
+// kernels into 32 to 48, spills, and keeps two rows in flight; with 80 the widest still spill.
+constexpr int kRowBlocks = 2;
 
 // Warps of a grid are numbered item by item, slice by slice. 32 bits: a 64-bit division is a call.
 __device__ __forceinline__ uint32_t grid_warp() { return blockIdx.x * kRowWarps + warp_id(); }

@@ -53,7 +53,7 @@ __device__ __forceinline__ void update(const Scalars& s, float along, const floa
 
 // One block a latent; its warps take slices of the columns in turn.
 template <class T, int kVec, bool kUnitNorm>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     adam_rows(GroupsView g, const T* values, const T* rows, int64_t D, const float* parts,
               Scalars s, bool lazy, T* param, float* exp_avg, float* exp_avg_sq) {
   const int64_t f = blockIdx.x;

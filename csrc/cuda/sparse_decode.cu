@@ -25,7 +25,7 @@ struct TokenPairs {
 };
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     decode_rows(const T* values, const int32_t* indices, const T* W_dec, const T* bias, T* out,
                 int64_t N, int64_t K, int64_t F, int64_t D, uint32_t slices) {
   const uint32_t warp = grid_warp();

@@ -12,7 +12,7 @@ constexpr const char* kOp = "sparse_grad_values";
 constexpr int kDots = 4;
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     dot_rows(const T* grad_out, const int32_t* indices, const T* W_dec, T* out, int64_t N,
              int64_t K, int64_t F, int64_t D, uint32_t groups) {
   const uint32_t warp = grid_warp();

@@ -9,7 +9,7 @@ namespace {
 
 // Row i of out is that of latents[i], or of latent i.
 template <class T, int kVec>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     gradient_rows(GroupsView g, const T* values, const T* rows, int64_t D, uint32_t slices,
                   const float* parts, const int32_t* latents, int64_t count, T* out) {
   const uint32_t warp = grid_warp();
