@@ -141,12 +141,14 @@ def eager_step(
     return step
 
 
-def sparsify_step(d: int, f: int, k: int, *, optimizer: str = "signum") -> Step:
+def sparsify_step(
+    d: int, f: int, k: int, *, optimizer: str = "signum", device: str = "cpu"
+) -> Step:
     """`sparsify.trainer.Trainer.fit`: signum is its default, adam its option."""
     with _quiet():
         from sparsify import SparseCoder, SparseCoderConfig
         from sparsify.sign_sgd import SignSGD
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=f, k=k))
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=f, k=k), device=device)
     if optimizer == "signum":
         from schedulefree import ScheduleFreeWrapper
 

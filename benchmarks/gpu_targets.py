@@ -1,0 +1,374 @@
+"""The targets on a GPU, a piece at a time: what gpu_suite.sh runs. Unverified on a GPU.
+
+    python benchmarks/gpu_targets.py encode --out FILE      encode at the two target shapes
+    python benchmarks/gpu_targets.py grid --out FILE        encode against product + torch.topk
+    python benchmarks/gpu_targets.py gather --out FILE      decode and backward against a gather
+    python benchmarks/gpu_targets.py step --out FILE        whole training step beside dense code
+    python benchmarks/gpu_targets.py largest --out FILE     a step with 1,048,576 latents
+    python benchmarks/gpu_targets.py report --state DIR     all of it, beside the targets
+
+A piece writes its rows as they come and leaves out what its file already has. With --device cpu
+--quick every piece runs at toy sizes without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "0"
+
+import _harness as h
+import _peers as peers
+from bench_training_step import own_step, peer_check
+
+import fastsae
+from fastsae.bench import run
+from fastsae.bench.cases import Inputs, Size
+from fastsae.bench.timing import Contender, Measurement, measure
+
+BIG = (8192, 4096, 131072, 64)
+NARROW = (8192, 768, 131072, 64)
+# every extreme of 1024–16384 tokens, 768–8192 wide, 32k–1M latents, 16–512 active, not every corner
+GRID = (
+    (1024, 768, 32768, 16), (1024, 768, 1048576, 64), (1024, 8192, 32768, 512),
+    (1024, 8192, 1048576, 64), (4096, 4096, 131072, 16), (4096, 768, 131072, 512),
+    (4096, 2048, 262144, 64), (8192, 2048, 65536, 32), (8192, 8192, 131072, 128),
+    (16384, 768, 32768, 64), (16384, 768, 524288, 32), (16384, 8192, 32768, 16),
+)  # fmt: skip
+GATHERING = ("sparse_decode", "sparse_grad_values", "sparse_grad_weight", "sparse_adam_step")
+TARGETS = (
+    ("encode, bf16 exact, 8192 4096 131072 64", "≤ 1.10"),
+    ("encode, bf16 exact, 8192 768 131072 64", "≤ 1.05"),
+    ("encode, fp8 filter, 8192 4096 131072 64", "≤ 0.80"),
+    ("encode against product + torch.topk, least", "> 1"),
+    ("encode against product + torch.topk, median", "≥ 1.5"),
+    ("extra memory of encode, MB", "≤ 256"),
+    *((f"{op}, of a plain gather's GB/s", "≥ 0.75") for op in GATHERING[:3]),
+    ("whole step with Adam, of the product", "≤ 1.9"),
+    ("whole step against dense eager", "≥ 5"),
+    ("whole step against compiled dense", "≥ 3"),
+    ("whole step against sparsify", "≥ 2"),
+    ("latents trained on one GPU at D = 4096", "≥ 1048576"),
+)
+
+
+class Piece:
+    """Rows of one stage, kept in a file from the first on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path: Path = args.out
+        self.device: str = args.device
+        self.quick: bool = args.quick
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.plan = run.Plan(device=self.device, rounds=3 if self.quick else 11, seconds=3.0)
+        self.found: dict[str, Any] = {"rows": []}
+        if self.path.exists():
+            self.found = json.loads(self.path.read_text())
+
+    @property
+    def cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def size(self, n: int, d: int, f: int, k: int) -> Size:
+        if self.quick:
+            n, d, f, k = max(16, n >> 7), max(8, d >> 7), max(128, f >> 8), max(2, k >> 4)
+        return Size(n, d, f, k, self.dtype, self.device)
+
+    def has(self, size: Size) -> bool:
+        keys = ("N", "D", "F", "K")
+        mine = (size.n, size.d, size.f, size.k)
+        return any(tuple(r[key] for key in keys) == mine for r in self.found["rows"])
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.found["rows"] += rows
+        self.found["machine"] = h.machine(self.device)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
+        os.replace(temporary, self.path)
+        print(run.table(rows), flush=True)
+
+
+def ceilings(piece: Piece) -> None:
+    if "ceilings" not in piece.found:
+        piece.found["ceilings"] = run.ceilings(piece.device, piece.dtype, piece.quick)
+
+
+def encode(piece: Piece) -> None:
+    ceilings(piece)
+    for shape in (BIG, NARROW):
+        size = piece.size(*shape)
+        if not piece.has(size):
+            piece.add(run.one("topk_encode", size, Inputs(size), piece.plan, piece.plan.clock()))
+
+
+def grid(piece: Piece) -> None:
+    plan = run.Plan(piece.device, backends=(run.AUTO,), rounds=3 if piece.quick else 5, seconds=1.5)
+    for shape in GRID:
+        size = piece.size(*shape)
+        if not piece.has(size):
+            piece.add(run.one("topk_encode", size, Inputs(size), plan, plan.clock()))
+            if piece.cuda:
+                torch.cuda.empty_cache()
+
+
+def plain_gather(given: Inputs, clock: Any) -> float:
+    """GB/s, read and written, of torch's gather of the rows that the ops read."""
+    size, picks = given.size, given.pairs[0][1].flatten()
+    out = torch.empty(len(picks), size.d, dtype=size.dtype, device=size.device)
+
+    def run_it(i: int) -> Any:
+        return torch.index_select(given.w[0], 0, picks, out=out)
+
+    (m,) = measure([Contender("gather", run_it)], rounds=9, seconds=3.0, clock=clock)
+    return 2 * size.gathered / m.median_ms() / 1e6
+
+
+def gather(piece: Piece) -> None:
+    """The ops that read K rows a token, and torch's gather of the same rows in the same run."""
+    ceilings(piece)
+    size = piece.size(*BIG)
+    if piece.has(size):
+        return
+    given, clock = Inputs(size), piece.plan.clock()
+    gbps = plain_gather(given, clock)
+    rows = []
+    for op in GATHERING:
+        rows += run.one(op, size, given, piece.plan, clock)
+    for row in rows:
+        if "gbps" in row:
+            row["of_gather"] = row["gbps"] / gbps
+    piece.found["plain_gather_gbps"] = gbps
+    piece.add([r for r in rows if r["op"] != "product"])
+
+
+def _tokens(size: Size) -> list[torch.Tensor]:
+    return Inputs(size).x[:1]
+
+
+def _own(size: Size) -> Callable[[torch.Tensor], float]:
+    sae = fastsae.nn.TopKSAE(size.d, size.f, size.k, dtype=size.dtype, device=size.device)
+    return own_step(sae, fastsae.optim.FusedAdam(sae.parameters(), lr=1e-3))
+
+
+def _verified(device: str) -> str:
+    """Two fp32 steps of a small SAE against dense PyTorch on the same device."""
+    size = Size(256, 64, 1024, 8, torch.float32, device)
+    sae = fastsae.nn.TopKSAE(size.d, size.f, size.k, device=device, seed=0)
+    step = own_step(sae, fastsae.optim.FusedAdam(sae.parameters(), lr=1e-3))
+    with torch.device(device):
+        dense = peers.DenseTopK(size.d, size.f, size.k)
+        with torch.no_grad():
+            for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+                getattr(dense, name).copy_(getattr(sae, name))
+        truth = peers.eager_step(size.d, size.f, size.k, model=dense)
+    (x,) = _tokens(size)
+    for _ in range(2):
+        ours, theirs = step(x), truth(x)[0]
+        if not abs(ours - theirs) <= 1e-3 * abs(theirs):
+            raise h.WrongError(f"loss {ours:.6f}, dense PyTorch {theirs:.6f}")
+    return "2 small fp32 steps as dense PyTorch"
+
+
+def step(piece: Piece) -> None:
+    size = piece.size(*BIG)
+    if piece.has(size):
+        return
+    xs, w = _tokens(size), Inputs(size).w[:1]
+    d, f, k = size.d, size.f, size.k
+
+    def dense(**options: Any) -> Callable[[], peers.Step]:
+        return lambda: peers.eager_step(d, f, k, **options)
+
+    makers: dict[str, Callable[[], peers.Step]] = {
+        "dense eager": dense(),
+        "dense compiled": dense(compiled=True),
+        "sparsify": lambda: peers.sparsify_step(d, f, k, optimizer="adam", device=size.device),
+    }
+    rows = []
+    for name in ("fastsae", *makers):  # one at a time: two of them may not fit
+        built: list[Any] = []
+
+        def call(i: int, name: str = name, built: list[Any] = built) -> Any:
+            if not built:
+                before = torch.get_default_dtype()
+                torch.set_default_dtype(size.dtype)
+                try:
+                    with torch.device(size.device):
+                        built.append(_own(size) if name == "fastsae" else makers[name]())
+                finally:
+                    torch.set_default_dtype(before)
+            return built[0](xs[0])
+
+        check = (lambda _: _verified(size.device)) if name == "fastsae" else peer_check(size.n, k)
+        contenders = [
+            Contender("product", lambda i: xs[0] @ w[0].T),
+            Contender(name, call, check),
+        ]
+        measured = measure(contenders, rounds=5, seconds=6.0, clock=piece.plan.clock())
+        rows.append(_step_row(name, size, *measured))
+        built.clear()
+        if piece.cuda:
+            torch.cuda.empty_cache()
+    piece.add(rows)
+
+
+def _step_row(name: str, size: Size, unit: Measurement, m: Measurement) -> dict[str, Any]:
+    row = run._row("training_step", name, size)
+    run._fill(
+        row, m, run.Case(lambda i: None, lambda r: "", 6.0 * size.n * size.d * size.f, 0), unit
+    )
+    row.pop("gbps", None)
+    row.pop("tflops", None)
+    return row | {"tflops": 0.0, "gbps": 0.0} if "ms" in row else row
+
+
+def largest(piece: Piece) -> None:
+    size = piece.size(1024, 4096, 1048576, 64)
+    if piece.has(size):
+        return
+    row = {**run._row("training_step", "fastsae", size), "verified": False, "note": ""}
+    (x,) = _tokens(size)
+    try:
+        train, clock = _own(size), piece.plan.clock()
+        losses: list[float] = []
+        seconds = [clock.seconds(lambda: losses.append(train(x))) for _ in range(4)]
+        ms = 1e3 * statistics.median(seconds[1:])
+        fell = losses[-1] < losses[0]
+        row |= {"ms": ms, "p20": ms, "p80": ms, "tflops": 0.0, "gbps": 0.0, "verified": fell}
+        row["note"] = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"
+        if not fell:
+            row["wrong"] = row["note"]
+    except torch.OutOfMemoryError as error:
+        row["error"] = row["note"] = str(error).splitlines()[0][:120]
+    if piece.cuda:
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    piece.add([row])
+
+
+# ---- report -----------------------------------------------------------------------------------
+
+
+def _best(rows: Sequence[dict[str, Any]], op: str) -> dict[str, Any] | None:
+    own = [r for r in rows if r["op"] == op and "ms" in r and r["backend"] in OWN]
+    return min(own, key=lambda r: r["ms"], default=None)
+
+
+OWN = ("cuda", "triton", "cpu", "reference", "fastsae", run.AUTO)
+
+
+def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
+    """The cells beside TARGETS; "–" where nothing was measured."""
+    rows = {name: found.get("rows", []) for name, found in pieces.items()}
+    cells: list[str] = []
+
+    def cell(value: float | None, form: str = "{:.3f}") -> None:
+        cells.append("–" if value is None else form.format(value))
+
+    encoded = rows.get("encode", [])
+    widths = sorted({r["D"] for r in encoded}, reverse=True)
+    for d in (*widths, None, None)[:2]:  # the wider target first
+        best = _best([r for r in encoded if r["D"] == d], "topk_encode")
+        cell(best and best.get("of_product"))
+    cell(None)  # there is no fp8 filter yet
+    speedups = []
+    shapes: dict[tuple[int, ...], dict[str, float]] = {}
+    for r in rows.get("grid", []):
+        if r["op"] == "topk_encode" and "ms" in r:
+            shapes.setdefault((r["N"], r["D"], r["F"], r["K"]), {})[r["backend"]] = r["ms"]
+    for times in shapes.values():
+        if "eager" in times and run.AUTO in times:
+            speedups.append(times["eager"] / times[run.AUTO])
+    cell(min(speedups, default=None), f"{{:.2f}} of {len(speedups)} shapes")
+    cell(statistics.median(speedups) if speedups else None, "{:.2f}")
+    own = [r for r in encoded if r["op"] == "topk_encode"] + rows.get("grid", [])
+    peaks = [r["peak_mb"] for r in own if r["backend"] in OWN[:2] + OWN[-1:] and "peak_mb" in r]
+    cell(max(peaks, default=None), "{:.0f}")
+    for op in GATHERING[:3]:
+        best = _best(rows.get("gather", []), op)
+        cell(best and best.get("of_gather"))
+    steps = {r["backend"]: r for r in rows.get("step", []) if "ms" in r}
+    mine = steps.get("fastsae")
+    cell(mine and mine.get("of_product"))
+    for name in ("dense eager", "dense compiled", "sparsify"):
+        other = steps.get(name)
+        both = other and mine and "of_product" in other and "of_product" in mine
+        cell(other["of_product"] / mine["of_product"] if both else None, "{:.2f}")
+    trained = [r["F"] for r in rows.get("largest", []) if r["verified"]]
+    cell(max(trained, default=None), "{:.0f}")
+    return cells
+
+
+def report(args: argparse.Namespace) -> None:
+    names = ("bench", "encode", "grid", "gather", "step", "largest")
+    files = {name: args.state / f"{name}.json" for name in names}
+    pieces = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
+    if not pieces:
+        raise SystemExit(f"gpu_targets.py: no results in {args.state}")
+    limits = next((p["ceilings"] for p in pieces.values() if "ceilings" in p), {})
+    plain = pieces.get("gather", {}).get("plain_gather_gbps")
+    print("ceilings: " + ", ".join(f"{k} {v:.4g}" for k, v in limits.items()))
+    print(f"plain gather of the same rows: {plain:.4g} GB/s" if plain else "no gather measured")
+    for name, piece in pieces.items():
+        print(f"\n## {name}\n{run.table(piece['rows'])}")
+        for r in piece["rows"]:
+            if "ms" in r and limits and r["backend"] in OWN and r["gbps"]:
+                print(
+                    f"{r['op']:24s} {r['backend']:10s} {r['N']}x{r['D']}x{r['F']}: "
+                    f"{r['tflops'] / limits['tflops']:.2f} of the product's TFLOP/s, "
+                    f"{r['gbps'] / limits['copy_gbps']:.2f} of the copy's GB/s"
+                )
+    cells = reached(pieces)
+    print("\n## targets")
+    for (what, target), got in zip(TARGETS, cells):
+        print(f"{what:48s} {target:>10s}  {got}")
+    found = next(p["machine"] for p in pieces.values() if "machine" in p)
+    device = re.sub(r"[^a-z0-9]+", "-", found.get("gpu", "cpu").lower()).removeprefix("nvidia-")
+    path = args.results / device / f"{found['date']}-{found['commit'].rstrip('+')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    targets = [{"what": w, "target": t, "reached": c} for (w, t), c in zip(TARGETS, cells)]
+    whole = {"schema": run.SCHEMA, "machine": found, "ceilings": limits, "targets": targets}
+    path.write_text(json.dumps({**whole, "pieces": pieces}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+PIECES = {f.__name__: f for f in (encode, grid, gather, step, largest)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("piece", choices=[*PIECES, "report"])
+    p.add_argument("--out", type=Path)
+    p.add_argument("--state", type=Path)
+    p.add_argument("--results", type=Path, default=h.HERE / "results")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--quick", action="store_true", help="toy sizes")
+    args = p.parse_args(argv)
+    if args.piece == "report":
+        if args.state is None:
+            p.error("report needs --state")
+        report(args)
+        return
+    if args.out is None:
+        p.error(f"{args.piece} needs --out")
+    print(h.header(args.device), flush=True)
+    piece = Piece(args)
+    PIECES[args.piece](piece)
+    if run.bad([r for r in piece.found["rows"] if r["backend"] in OWN]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""benchmarks/gpu_suite.sh without a GPU: its stages, its refusal, and that it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SUITE = ROOT / "benchmarks/gpu_suite.sh"
+pytestmark = pytest.mark.skipif(
+    not (SUITE.exists() and shutil.which("bash") and shutil.which("timeout")),
+    reason="needs a checkout, bash and timeout",
+)
+
+# stands for the interpreter: notes its arguments, fails where told to
+FAKE = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$*" in *"${FAIL:-nothing}"*) exit 7 ;; esac
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(*arguments: str, **environment: str):
+        calls.write_text("")
+        env = {
+            **os.environ, "PYTHON": str(fake), "CALLS": str(calls), "DEVICE_CHECK": "true",
+            "STATE": str(tmp_path / "state"), **environment,
+        }  # fmt: skip
+        env.pop("GPU_SUITE_STAGE", None)
+        done = subprocess.run(
+            ["bash", str(SUITE), *arguments], capture_output=True, text=True, env=env, check=False
+        )
+        pieces = re.findall(r"gpu_targets\.py (\w+)", calls.read_text())
+        return done, pieces, calls.read_text()
+
+    return run
+
+
+def test_the_script_parses_and_fits_ten_minutes(suite):
+    subprocess.run(["bash", "-n", str(SUITE)], check=True)
+    done, _, calls = suite("--dry-run")
+    assert done.returncode == 0 and not calls
+    limits = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(limits) == 10 and sum(limits) <= 600
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_one_line_and_a_status(suite):
+    done, _, _ = suite(PYTHON=sys.executable, DEVICE_CHECK="")
+    assert done.returncode == 3 and not done.stdout
+    assert "no GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused(suite):
+    done, _, calls = suite("--quick")
+    assert done.returncode == 2 and "unknown option --quick" in done.stderr and not calls
+
+
+def test_it_resumes_where_it_stopped(suite):
+    every = ["encode", "grid", "gather", "step", "largest", "report"]
+    done, pieces, calls = suite(FAIL="gpu_targets.py grid")
+    assert done.returncode == 1 and pieces == every  # the others still ran
+    assert "setup.py build_ext --inplace" in calls and "-m pytest" in calls
+    assert "grid: failed with status 7" in done.stderr
+    listed = suite("--dry-run")[0].stdout.splitlines()
+    assert [line.split()[0] for line in listed if "done" not in line] == ["grid"]
+
+    done, pieces, calls = suite()
+    assert done.returncode == 0 and pieces == ["grid", "report"]
+    assert "setup.py" not in calls and "encode: done before" in done.stdout
+
+    done, pieces, _ = suite("--fresh")
+    assert done.returncode == 0 and pieces == every
+
+
+def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_path):
+    row = {
+        "op": "topk_encode", "N": 64, "D": 32, "F": 512, "K": 4, "dtype": "bfloat16",
+        "ms": 1.0, "p20": 0.9, "p80": 1.1, "tflops": 1.0, "gbps": 1.0, "verified": True, "note": "",
+    }  # fmt: skip
+    own = {**row, "backend": "cuda", "of_product": 1.25, "peak_mb": 33.0}
+    slow = {**row, "backend": "reference", "ms": 9.0, "of_product": 9.0, "peak_mb": 900.0}
+    eager = {**row, "backend": "eager", "ms": 3.0}
+    machine = {"date": "2026-01-02", "commit": "abc+", "gpu": "NVIDIA H200"}
+    limits = {"tflops": 2.0, "copy_gbps": 2.0, "gather_gbps": 2.0}
+    encode = {"rows": [own, slow], "machine": machine, "ceilings": limits}
+    grid = {"rows": [{**row, "backend": "auto", "ms": 1.5, "peak_mb": 40.0}, eager]}
+    (tmp_path / "encode.json").write_text(json.dumps(encode))
+    (tmp_path / "grid.json").write_text(json.dumps({**grid, "machine": machine}))
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_targets.py"), "report"]
+    command += ["--state", str(tmp_path), "--results", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = json.loads((tmp_path / "results/h200/2026-01-02-abc.json").read_text())
+    cells = [t["reached"] for t in whole["targets"]]
+    assert cells[:6] == ["1.250", "–", "–", "2.00 of 1 shapes", "2.00", "40"]
+    assert set(cells[6:]) == {"–"} and len(cells) == 14
+    assert "0.50 of the product's TFLOP/s" in done.stdout
