@@ -13,6 +13,10 @@ import torch
 
 lib = torch.library.Library("fastsae", "DEF")
 
+_STEER = (
+    "Tensor enc, Tensor dec, Tensor param, Tensor code, Tensor slots, Tensor? mask=None, "
+    "Tensor? member=None"
+)
 PUBLIC_SCHEMAS = {
     "topk": "(Tensor x, SymInt k) -> (Tensor values, Tensor indices)",
     "topk_encode": (
@@ -35,6 +39,8 @@ PUBLIC_SCHEMAS = {
         "Tensor indices, Tensor rows, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, int step, bool lazy, bool unit_norm) -> ()"
     ),
+    "steer": f"(Tensor x, {_STEER}, str norm='none', float eps=1e-5) -> Tensor",
+    "steer_": f"(Tensor(a!) x, {_STEER}, str norm='none', float eps=1e-5) -> ()",
 }
 
 # The compiled backends take what the Python side has already checked, flattened and made
@@ -52,6 +58,9 @@ PRIVATE_SCHEMAS = {
         "(Tensor values, Tensor indices, Tensor rows, int n_latents) -> (Tensor, Tensor)"
     ),
     "sparse_adam_step": PUBLIC_SCHEMAS["sparse_adam_step"],
+    "steer": (
+        f"(Tensor x, {_STEER.replace('=None', '')}, int norm, float eps, Tensor(a!) out) -> ()"
+    ),
 }
 
 for _op, _schema in PUBLIC_SCHEMAS.items():

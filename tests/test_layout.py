@@ -50,7 +50,8 @@ def test_every_kernel_file_registers_its_op():
 
 
 def test_private_and_public_schemas_cover_the_same_ops():
-    assert set(_library.PUBLIC_SCHEMAS) == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
+    public = {op.removesuffix("_") for op in _library.PUBLIC_SCHEMAS}  # steer_ is steer in place
+    assert public == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
 
 
 def test_triton_kernels_refuses_the_top_level_name():

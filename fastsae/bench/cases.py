@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from .._steer_codes import CLAMP
 from . import checks, inputs
 from .timing import WrongError
 
@@ -214,6 +215,28 @@ def sparse_adam_step(size: Size, given: Inputs) -> Case:
     )
 
 
+def steer(size: Size, given: Inputs) -> Case:
+    """K latents of every token clamped at a ReLU SAE: one list, one sequence."""
+    x, w, k = given.x, given.w, size.k
+    wide = torch.float64 if size.dtype == torch.float64 else torch.float32
+    param = torch.zeros(1, k, 6, dtype=wide, device=size.device)
+    param[..., 2], param[..., 4] = 1.0, 3.0  # gain, and the target of the clamp
+    code = torch.tensor([[[CLAMP, 0, -1]] * k], dtype=torch.int32, device=size.device)
+    slots = torch.zeros(1, dtype=torch.int32, device=size.device)
+    tables = [(rows[None, :k], rows[None, -k:]) for rows in w]
+
+    def run(i: int) -> Any:
+        enc, dec = turn(tables, i)
+        return ops.steer(turn(x, i)[None], enc, dec, param, code, slots)[0]
+
+    return Case(
+        run,
+        checks.clamped(x[0], tables[0][0][0], tables[0][1][0], 3.0, SAMPLE),
+        4.0 * size.n * k * size.d,
+        2 * (size.n + k) * size.d * size.item,
+    )
+
+
 CASES: dict[str, Callable[[Size, Inputs], Case]] = {
     "topk_encode": topk_encode,
     "topk": topk,
@@ -222,6 +245,7 @@ CASES: dict[str, Callable[[Size, Inputs], Case]] = {
     "sparse_grad_weight": sparse_grad_weight,
     "sparse_grad_weight_rows": sparse_grad_weight_rows,
     "sparse_adam_step": sparse_adam_step,
+    "steer": steer,
 }
 
 

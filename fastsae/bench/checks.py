@@ -138,6 +138,23 @@ def decoded(values: torch.Tensor, indices: torch.Tensor, w: torch.Tensor, most: 
     return check
 
 
+def clamped(
+    x: torch.Tensor, enc: torch.Tensor, dec: torch.Tensor, target: float, most: int = 64
+) -> Check:
+    """A check of steer's output: the latents of `enc` [O, D] at a ReLU SAE, clamped to `target`."""
+    n, d = x.shape
+    picked = sample(n, most).to(x.device)
+
+    def check(got: Any) -> str:
+        rows = x[picked].double()
+        truth = rows + (target - (rows @ enc.double().T).relu()) @ dec.double()
+        error = (_shaped(got, n, d)[picked].double() - truth).abs().max().item()
+        _within(error, 32 * torch.finfo(x.dtype).eps * max(1.0, truth.abs().max().item()))
+        return note(error, len(picked), n)
+
+    return check
+
+
 def grad_values(
     grad: torch.Tensor, indices: torch.Tensor, w: torch.Tensor, most: int = 64
 ) -> Check:

@@ -21,6 +21,7 @@ COLOURS = {
     "sparse_grad_weight": "#e1a730",
     "sparse_grad_weight_rows": "#8a6d1f",
     "sparse_adam_step": "#1b4965",
+    "steer": "#5f7a61",
 }
 MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "reference": "x", "eager": "s", "torch": "^"}
 
@@ -36,7 +37,7 @@ def ladders(size: Size, quick: bool) -> dict[str, list[Size]]:
 
 def plan_of(plan: Plan) -> Plan:
     """The plan of the scaling runs: the backend that a call takes, fewer rounds."""
-    ops = [op for op in plan.ops if op not in ("topk", "sparse_grad_weight_rows")]
+    ops = [op for op in plan.ops if op not in ("topk", "sparse_grad_weight_rows", "steer")]
     return replace(
         plan, ops=ops or plan.ops, backends=(AUTO,), rounds=min(plan.rounds, 7),
         seconds=plan.seconds / 2,

@@ -8,6 +8,7 @@ from .sparse_adam_step import sparse_adam_step
 from .sparse_decode import sparse_decode
 from .sparse_grad_values import sparse_grad_values
 from .sparse_grad_weight import sparse_grad_weight, sparse_grad_weight_rows
+from .steer import steer
 from .topk import topk
 from .topk_encode import topk_encode
 
@@ -17,6 +18,7 @@ __all__ = [
     "sparse_grad_values",
     "sparse_grad_weight",
     "sparse_grad_weight_rows",
+    "steer",
     "topk",
     "topk_encode",
 ]

@@ -1,0 +1,325 @@
+"""steer: edits of an activation by latents and directions, without running the SAE."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from .. import _dispatch
+from .._steer_codes import NORMS
+from ..reference.steer import edited
+from . import _common
+
+_OP = "steer"
+_PARAMS, _CODES = 6, 3
+
+
+def steer(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    r"""Every sequence's own list of edits applied to its tokens, in one pass.
+
+    .. math:: x' = x + s(x)^{-1} \sum_j \delta_j(x) \, d_j
+
+    which is the SAE with activations f_j changed to f_j + delta_j and its error term kept: all that
+    is not touched cancels. With u(x) the SAE's normalised input and p_j = <enc_j, u> (<enc_j, x>
+    for a RAW entry, which also writes without the factor 1/s),
+
+    .. math:: f_j = [p_j + bias_j > \theta_j] \, \max(gain_j p_j + offset_j, 0)
+
+    (no max for a SIGNED entry; 0 where a MEMBER entry's `member` is false or not given). All f_j
+    are read from the same x, the edits are summed. delta_j by opcode, v the entry's value:
+
+    ======================  ======================================================
+    CLAMP                   v - f
+    MIN_CLAMP               max(v - f, 0)
+    CLAMP_IF_ACTIVE         [f > 0] (v - f)
+    SCALE                   (v - 1) f          (ablation is v = 0)
+    ADD                     v                  (its enc row is not read: p = 0)
+    PROBE                   0: only read, as another entry's gate
+    END                     the list ends before this entry
+    ======================  ======================================================
+
+    times [f_gate > tau] when the entry names a gate, the position of an entry of its list (one that
+    is not in the list never opens).
+
+    Args:
+        x: [B, ..., D] fp32, bf16, fp16 (fp64 on the CPU).
+        enc, dec: [S, O, D] dtype of x: S lists (slots) of O entries, rows e_j and d_j. What the SAE
+            subtracts from its input is folded into the bias.
+        param: [S, O, 6] fp32 (fp64 for fp64): bias, theta, gain, offset, v, tau. ReLU is theta = 0,
+            gain = 1, offset = bias; JumpReLU and a BatchTopK threshold set theta; Gated has all.
+        code: [S, O, 3] int32: opcode, flags (RAW 1, SIGNED 2, MEMBER 4), gate or -1.
+            The constants are in `fastsae._steer_codes`.
+        slots: [B] int32: each sequence's list; -1 leaves it alone.
+        mask: [B, ...] bool or None: tokens to edit.
+        member: [B, ..., O] bool or None: is the entry's latent among its token's K selected?
+        norm: "none"; "layer_norm", u = (x - mean) / (std + eps) and 1/s = std, with D - 1 degrees
+            of freedom; "constant_norm", u = x sqrt(D) / |x| and 1/s = |x| / sqrt(D).
+
+    Returns:
+        The shape and dtype of x. Sums in fp32 (fp64 for fp64), rounded once; a token whose deltas
+        are all zero is bit-exactly x; repeatable.
+
+    Gradients reach x, enc, dec and param (a vector or a strength can be trained).
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+        RuntimeError: a slot out of range (found on the CPU; a GPU leaves such a sequence alone).
+
+    Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity"; `constant_norm` and
+    `layer_norm` as SAELens normalises activations.
+    """
+    if _common.unobserved(x, enc, dec, param):
+        return _run(x, enc, dec, param, code, slots, mask, member, norm, eps)
+    out: torch.Tensor = torch.ops.fastsae.steer(
+        x, enc, dec, param, code, slots, mask, member, norm, eps
+    )
+    return out
+
+
+def steer_(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`steer` in place: x is contiguous and needs no gradient. Returns x."""
+    torch.ops.fastsae.steer_(x, enc, dec, param, code, slots, mask, member, norm, eps)
+    return x
+
+
+def _check(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None,
+    member: torch.Tensor | None,
+    norm: str,
+) -> None:
+    tokens, table, dtype, device = x.shape, enc.shape, x.dtype, x.get_device()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    fits = (  # the common case in 2 us: this runs for every token that a model generates
+        len(table) == 3
+        and dec.shape == table
+        and len(tokens) > 1
+        and tokens[-1] == table[2]
+        and table[0] > 0
+        and table[1] > 0
+        and param.shape == (table[0], table[1], _PARAMS)
+        and code.shape == (table[0], table[1], _CODES)
+        and slots.shape == tokens[:1]
+        and dtype in _common.FLOATS
+        and enc.dtype == dtype
+        and dec.dtype == dtype
+        and param.dtype == wide
+        and code.dtype == torch.int32
+        and slots.dtype == torch.int32
+        and enc.get_device() == device
+        and dec.get_device() == device
+        and param.get_device() == device
+        and code.get_device() == device
+        and slots.get_device() == device
+        and (mask is None or _flags(mask, tokens[:-1], device))
+        and (member is None or _flags(member, (*tokens[:-1], table[1]), device))
+        and norm in NORMS
+    )
+    if not fits:
+        _refuse(x, enc, dec, param, code, slots, mask, member, norm, wide)
+
+
+def _flags(tensor: torch.Tensor, shape: tuple[int, ...], device: int) -> bool:
+    fits = tensor.shape == shape and tensor.dtype == torch.bool
+    return fits and tensor.get_device() == device
+
+
+def _refuse(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None,
+    member: torch.Tensor | None,
+    norm: str,
+    wide: torch.dtype,
+) -> NoReturn:
+    """Says what does not fit."""
+    _common.check_floats(_OP, x=x, enc=enc, dec=dec)
+    if enc.dim() != 3 or enc.shape != dec.shape or enc.numel() == 0:
+        raise ValueError(
+            f"{_OP}: enc {_common.shape(enc)} and dec {_common.shape(dec)} must be [S, O, D] with "
+            "a slot and an entry"
+        )
+    n_slots, n_ops, D = enc.shape
+    if x.dim() < 2 or x.shape[-1] != D:
+        raise ValueError(f"{_OP}: x must be [B, ..., D] with D = {D}, got {_common.shape(x)}")
+    for name, tensor, shape, dtype in (
+        ("param", param, (n_slots, n_ops, _PARAMS), wide),
+        ("code", code, (n_slots, n_ops, _CODES), torch.int32),
+        ("slots", slots, x.shape[:1], torch.int32),
+        ("mask", mask, x.shape[:-1], torch.bool),
+        ("member", member, (*x.shape[:-1], n_ops), torch.bool),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != torch.Size(shape):
+            raise ValueError(
+                f"{_OP}: {name} must be {list(shape)} for x {_common.shape(x)} and tables "
+                f"{_common.shape(enc)}, got {_common.shape(tensor)}"
+            )
+        if tensor.dtype != dtype:
+            raise TypeError(f"{_OP}: {name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{_OP}: {name} is on {tensor.device} and x on {x.device}")
+    raise ValueError(f"{_OP}: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def _launch(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None,
+    member: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    """Contiguous x into `out`, which may be x."""
+    _dispatch.select(_OP, x)(
+        x,
+        enc.contiguous(),
+        dec.contiguous(),
+        param.contiguous(),
+        code.contiguous(),
+        slots.contiguous(),
+        None if mask is None else mask.contiguous(),
+        None if member is None else member.contiguous(),
+        NORMS.index(norm),
+        eps,
+        out,
+    )
+
+
+def _run(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    _check(x, enc, dec, param, code, slots, mask, member, norm)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    _launch(x, enc, dec, param, code, slots, mask, member, norm, eps, out)
+    return out
+
+
+def _fake(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    _check(x, enc, dec, param, code, slots, mask, member, norm)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.norm, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Through the definition: edits are few rows a token, and training through them is rare."""
+    saved = ctx.saved_tensors
+    _common.refuse_double_backward(_OP, (grad, *saved))
+    leaves = [t.detach().requires_grad_(n) for t, n in zip(saved[:4], ctx.needs_input_grad)]
+    mask, member = (None if t is None else t.flatten(0, -1 - i) for i, t in enumerate(saved[6:]))
+    (x, enc, dec, param), (code, slots) = leaves, saved[4:6]
+    with torch.enable_grad():
+        rows = _common.flat(x)
+        out = edited(rows, enc, dec, param, code, slots, mask, member, ctx.norm, ctx.eps)
+    wanted = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, _common.flat(grad)))
+    return *(next(found) if t.requires_grad else None for t in leaves), *[None] * 6
+
+
+def _autocast(x: torch.Tensor, enc: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    return x.to(enc.dtype), enc, *rest
+
+
+def _run_(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> None:
+    _check_in_place(x, enc, dec, param, code, slots, mask, member, norm)
+    if x.numel():
+        _launch(x, enc, dec, param, code, slots, mask, member, norm, eps, x)
+
+
+def _check_in_place(
+    x: torch.Tensor,
+    enc: torch.Tensor,
+    dec: torch.Tensor,
+    param: torch.Tensor,
+    code: torch.Tensor,
+    slots: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    member: torch.Tensor | None = None,
+    norm: str = "none",
+    eps: float = 1e-5,
+) -> None:
+    _check(x, enc, dec, param, code, slots, mask, member, norm)
+    if not x.is_contiguous():
+        raise ValueError(f"{_OP}: x is written in place and must be contiguous")
+
+
+_common.register(
+    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
+)
+_common.register(_OP + "_", _run_, _check_in_place)

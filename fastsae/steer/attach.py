@@ -1,0 +1,390 @@
+"""Steering inside a running model: one hook per site, programs written into fixed buffers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _steer_codes as codes
+from .. import ops
+from ..reference.steer import normalised
+from ..train.activations import find_site, output_of
+from .describe import SAEDescription, describe
+from .operations import MAX_UNIT, Gate, Operation, Program
+from .positions import Positions, past_length, prompt_and_generated, token_mask
+
+_BIAS, _THETA, _GAIN, _OFFSET, _VALUE, _TAU = range(6)
+_taken: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    sae: Any = None,
+    *,
+    layer: int | None = None,
+    hook: str | None = None,
+    max_slots: int = 64,
+    max_ops: int = 32,
+    max_batch: int = 1024,
+) -> Steerer:
+    """Makes a site of the model steerable. Attach before `torch.compile` and before capturing.
+
+    Args:
+        model: a causal language model of transformers (any module whose forward takes
+            `input_ids` will do).
+        sae: what `describe` takes, or None: then only operations on directions are possible.
+        layer: the residual stream after this block, counted from 0.
+        hook: path of any module instead, whose output is edited.
+        max_slots: how many different programs one call may use.
+        max_ops: entries of a program (a gate on a latent that the program does not read is one).
+        max_batch: sequences of one call.
+
+    Raises:
+        ValueError: no such site, or it is attached already (`detach` the other first).
+    """
+    name, module = find_site(model, layer, hook)
+    if module in _taken:
+        raise ValueError(f"attach: {name} is attached already; detach() that steerer first")
+    return Steerer(model, None if sae is None else describe(sae), name, module,
+                   max_slots, max_ops, max_batch)  # fmt: skip
+
+
+class Steerer:
+    """A site that can be steered. Made by `attach`.
+
+    Entering `steer(...)` copies programs into buffers of fixed address and leaving it, also by an
+    exception, clears them: nothing is allocated and nothing waits for the device while the model
+    runs, apart from exact TopK membership, which encodes the site's tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sae: SAEDescription | None,
+        name: str,
+        module: nn.Module,
+        max_slots: int,
+        max_ops: int,
+        max_batch: int,
+    ) -> None:
+        self.site, self.sae = name, sae
+        like = next(model.parameters())
+        config = getattr(model, "config", None)
+        if sae is not None:
+            width = sae.W_dec.shape[1]
+        else:
+            text = config.get_text_config() if config is not None else None
+            if text is None:
+                raise ValueError("attach: without an SAE the model must have a config")
+            width = text.hidden_size
+        self._bos = getattr(config, "bos_token_id", None)
+        rows: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        slots = max_slots + 1  # slot 0 does nothing
+        self._enc = torch.zeros(slots, max_ops, width, **rows)
+        self._dec = torch.zeros(slots, max_ops, width, **rows)
+        self._param = torch.zeros(slots, max_ops, 6, dtype=wide, device=like.device)
+        self._code = torch.zeros(slots, max_ops, 3, dtype=torch.int32, device=like.device)
+        self._latents = torch.full((slots, max_ops), -1, dtype=torch.int32, device=like.device)
+        self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
+        self._sequences = 0  # of the programs in force; 0: none
+        self._current = self._slots[:0]
+        self._longest = 1  # entries of the longest program in force
+        self._selects = False  # does an entry ask for membership among the k?
+        self._positions = prompt_and_generated()
+        self._prompt_length: int | None = None
+        self._mask: torch.Tensor | None = None
+        self._module = module
+        _taken[module] = name
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Takes the hooks off; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _taken.pop(self._module, None)
+
+    # -- programs ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def steer(
+        self,
+        programs: Sequence[Program | None],
+        positions: Positions | None = None,
+        *,
+        prompt_length: int | None = None,
+    ) -> Iterator[Steerer]:
+        """Inside the block, sequence b of every call is edited by `programs[b]`.
+
+        A call with a multiple of `len(programs)` sequences (beams, several samples of a prompt)
+        gives each program that many neighbouring sequences, as `generate` lays them out.
+
+        Args:
+            programs: one list of operations per sequence, or None to leave a sequence alone.
+            positions: which tokens, `positions.prompt_and_generated()` by default.
+            prompt_length: columns that belong to the prompt; by default those of the first call.
+
+        Raises:
+            ValueError: too many programs or entries, a latent out of range, unit="max" without
+                statistics, a vector of another width.
+            RuntimeError: already inside a block of this steerer.
+        """
+        self.set(programs, positions, prompt_length=prompt_length)
+        try:
+            yield self
+        finally:
+            self.clear()
+
+    def set(
+        self,
+        programs: Sequence[Program | None],
+        positions: Positions | None = None,
+        *,
+        prompt_length: int | None = None,
+    ) -> None:
+        """`steer` without a block: until `clear`."""
+        if self._sequences:
+            raise RuntimeError(
+                f"steer: {self.site} is being steered already; leave that block first"
+            )
+        self._write(programs)
+        self._positions = positions or prompt_and_generated()
+        self._prompt_length = prompt_length
+        self._sequences = len(programs)
+        self._current = self._slots[: self._sequences]
+
+    def clear(self) -> None:
+        """Nothing is steered any more; replayed graphs neither."""
+        self._slots.zero_()
+        self._sequences = 0
+        self._mask = None
+
+    def _write(self, programs: Sequence[Program | None]) -> None:
+        if len(programs) == 0 or len(programs) > len(self._slots):
+            raise ValueError(
+                f"steer: between 1 and {len(self._slots)} programs (max_batch), got {len(programs)}"
+            )
+        lists: list[list[_Entry]] = []
+        slots: list[int] = []
+        known: dict[int, int] = {}
+        for program in programs:
+            if not program:
+                slots.append(0)
+                continue
+            if id(program) not in known:
+                lists.append(self._entries(program))
+                known[id(program)] = len(lists)
+            slots.append(known[id(program)])
+        if len(lists) >= len(self._enc):
+            raise ValueError(
+                f"steer: {len(lists)} different programs, max_slots is {len(self._enc) - 1}"
+            )
+        longest = max((len(entries) for entries in lists), default=0)
+        if longest > self._enc.shape[1]:
+            raise ValueError(
+                f"steer: a program of {longest} entries, max_ops is {self._enc.shape[1]}"
+            )
+        used = 1 + len(lists)
+        shape = (used, max(longest, 1))
+        enc = torch.zeros(*shape, self._enc.shape[2], dtype=torch.float64)
+        dec, param = torch.zeros_like(enc), torch.zeros(*shape, 6, dtype=torch.float64)
+        code, latents = torch.zeros(*shape, 3, dtype=torch.int32), torch.full(shape, -1)
+        for s, entries in enumerate(lists, 1):
+            for o, entry in enumerate(entries):
+                enc[s, o], dec[s, o] = entry.enc, entry.dec
+                param[s, o] = torch.tensor(entry.param, dtype=torch.float64)
+                code[s, o] = torch.tensor([entry.opcode, entry.flags, entry.gate])
+                latents[s, o] = entry.latent
+        self._code[:, :, 0] = codes.END
+        for buffer, table in (
+            (self._enc, enc),
+            (self._dec, dec),
+            (self._param, param),
+            (self._code, code),
+            (self._latents, latents),
+        ):
+            buffer[:used, : shape[1]].copy_(table)
+        self._slots.zero_()
+        self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
+        self._longest = shape[1]
+        self._selects = bool((code[..., 1] & codes.MEMBER).any())
+
+    def _entries(self, program: Program) -> list[_Entry]:
+        entries = [self._entry(op) for op in program]
+        for op, entry in zip(program, list(entries)):
+            if op.when is not None:
+                entry.gate = self._gate(op.when, entries)
+                entry.param[_TAU] = self._amount(op.when.latent, op.when.above, op.when.unit)
+        return entries
+
+    def _gate(self, gate: Gate, entries: list[_Entry]) -> int:
+        """The entry that reads the gate's latent; a probe is added when there is none."""
+        for at, entry in enumerate(entries):
+            if entry.latent == gate.latent and entry.opcode != codes.ADD:
+                return at
+        entries.append(self._latent_entry(gate.latent, codes.PROBE, 0.0))
+        return len(entries) - 1
+
+    def _entry(self, op: Operation) -> _Entry:
+        if op.latent is not None:
+            value = self._amount(op.latent, op.value, op.unit)
+            return self._latent_entry(op.latent, op.opcode, value)
+        assert op.vector is not None
+        if len(op.vector) != self._enc.shape[2]:
+            raise ValueError(
+                f"steer: a vector of width {len(op.vector)} at {self.site}, whose activations have "
+                f"width {self._enc.shape[2]}"
+            )
+        vector = op.vector.double().cpu()
+        param = [0.0, -float("inf"), 1.0, 0.0, op.value, 0.0]
+        return _Entry(vector, vector, param, op.opcode, codes.RAW | codes.SIGNED, -1)
+
+    def _amount(self, latent: int, value: float, unit: str) -> float:
+        sae = self._described(latent)
+        if unit != MAX_UNIT:
+            return value
+        if sae.max_activation is None:
+            raise ValueError(
+                f"steer: unit='max' for latent {latent} needs the SAE's maximum activations: "
+                "describe(sae, max_activation=MaxActivations(values, tokens, data))"
+            )
+        return value * float(sae.max_activation.values[latent])
+
+    def _described(self, latent: int) -> SAEDescription:
+        if self.sae is None:
+            raise ValueError(f"steer: latent {latent} at {self.site}, which has no SAE attached")
+        if latent >= len(self.sae.W_dec):
+            raise ValueError(
+                f"steer: latent {latent} at {self.site}, whose SAE has {len(self.sae.W_dec)}"
+            )
+        return self.sae
+
+    def _latent_entry(self, latent: int, opcode: int, value: float) -> _Entry:
+        sae = self._described(latent)
+
+        def at(tensor: torch.Tensor | float | None, default: float) -> float:
+            if tensor is None or isinstance(tensor, (int, float)):
+                return default if tensor is None else float(tensor)
+            return float(tensor.reshape(-1)[latent if tensor.numel() > 1 else 0])
+
+        enc = sae.W_enc[latent].double().cpu()
+        shift = -float(enc @ sae.b_dec.double().cpu()) if sae.subtract_b_dec else 0.0
+        gain = at(sae.gain, 1.0)
+        bias = at(sae.b_enc, 0.0) + shift
+        offset = bias if sae.offset is None else at(sae.offset, 0.0) + gain * shift
+        flags, theta = 0, at(sae.threshold, 0.0)
+        if sae.exact_membership:
+            flags, theta = codes.MEMBER, -float("inf")
+        if sae.identity:
+            flags |= codes.SIGNED
+        param = [bias, theta, gain, offset, value, 0.0]
+        dec = sae.W_dec[latent].double().cpu() / sae.input_scale
+        return _Entry(enc * sae.input_scale, dec, param, opcode, flags, latent)
+
+    # -- the model runs ---------------------------------------------------------------------------
+
+    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._sequences:
+            return
+        if args:
+            kwargs = {"input_ids": args[0], **kwargs}
+        where = self._positions
+        if where.everywhere:
+            self._mask = None
+            return
+        if self._prompt_length is None:
+            ids = kwargs.get("input_ids")
+            tokens = ids if ids is not None else kwargs["inputs_embeds"]
+            self._prompt_length = int(past_length(kwargs)) + tokens.shape[1]
+        self._mask = token_mask(where, kwargs, self._prompt_length, self._bos)
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if not self._sequences:
+            return None
+        x = output_of(output)
+        new = self._edit(x)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _edit(self, x: torch.Tensor) -> torch.Tensor:
+        programs, shape, mask = self._sequences, x.shape, self._mask
+        if mask is not None and mask.shape != shape[:-1]:
+            raise ValueError(
+                f"steer: {self.site} puts out {list(shape)} for tokens {list(mask.shape)}; such a "
+                "site takes positions=None only"
+            )
+        if len(shape) > 1 and shape[0] == programs:
+            return self._edit_grouped(x, mask)
+        if len(shape) < 2 or shape[0] % programs or shape[0] == 0:
+            raise ValueError(
+                f"steer: {programs} programs for a call of shape {list(shape)} at {self.site}; "
+                "give one for each sequence (or None)"
+            )
+        # neighbouring sequences share a program
+        grouped = x.reshape(programs, -1, shape[-1])
+        mask = None if mask is None else mask.reshape(programs, -1)
+        return self._edit_grouped(grouped, mask).view(shape)
+
+    def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [P, ..., D], one program each."""
+        sae = self.sae
+        return ops.steer(
+            x,
+            self._enc,  # whole tables, whatever is in force: a captured graph sees one address
+            self._dec,
+            self._param,
+            self._code,
+            self._current,
+            mask,
+            self._members(x) if self._selects else None,
+            "none" if sae is None else sae.norm,
+            1e-5 if sae is None else sae.eps,
+        )
+
+    def _members(self, x: torch.Tensor) -> torch.Tensor:
+        """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
+        sae = self.sae
+        assert sae is not None and sae.k is not None
+        latents = self._latents[self._current.long()]  # [P, O]
+        u = x.to(sae.W_enc.dtype)
+        if sae.norm != "none":
+            u = normalised(u.flatten(0, -2), sae.norm, sae.eps)[0].view(x.shape)
+        if sae.input_scale != 1.0:
+            u = u * sae.input_scale
+        if sae.subtract_b_dec:
+            u = u - sae.b_dec
+        chosen = ops.topk_encode(
+            u, sae.W_enc, sae.b_enc, sae.k, activation="identity", rank_scale=sae.rank_scale
+        )[1]
+        member = torch.zeros(*x.shape[:-1], latents.shape[1], dtype=torch.bool, device=x.device)
+        for o in range(self._longest):
+            wanted = latents[:, o].view(-1, *[1] * (x.dim() - 1))
+            member[..., o] = (chosen == wanted).any(-1)
+        return member
+
+
+class _Entry:
+    """One row of the tables."""
+
+    def __init__(
+        self,
+        enc: torch.Tensor,
+        dec: torch.Tensor,
+        param: list[float],
+        opcode: int,
+        flags: int,
+        latent: int,
+    ) -> None:
+        self.enc, self.dec, self.param = enc, dec, param
+        self.opcode, self.flags, self.latent = opcode, flags, latent
+        if flags & codes.RAW:
+            self.latent = -1
+        self.gate = -1

@@ -1,0 +1,108 @@
+"""Which tokens a steerer edits: absolute positions, from what the model's forward is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+EXCLUDABLE = ("bos", "pad")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A choice of tokens. Made by the functions below.
+
+    Attributes:
+        prompt, generated: are tokens of the prompt, and those after it, edited?
+        exclude: of "bos" and "pad".
+        only: positions counted from a sequence's first real token, or None for all.
+    """
+
+    prompt: bool
+    generated: bool
+    exclude: frozenset[str]
+    only: tuple[int, ...] | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        return self.prompt and self.generated and not self.exclude and self.only is None
+
+
+def _exclusions(exclude: Iterable[str]) -> frozenset[str]:
+    names = frozenset((exclude,) if isinstance(exclude, str) else exclude)
+    if names - set(EXCLUDABLE):
+        raise ValueError(f"positions: exclude takes {', '.join(EXCLUDABLE)}, got {sorted(names)}")
+    return names
+
+
+def prompt_and_generated(exclude: Iterable[str] = ()) -> Positions:
+    """Every token."""
+    return Positions(True, True, _exclusions(exclude))
+
+
+def prompt_only(exclude: Iterable[str] = ()) -> Positions:
+    """The tokens of the first forward pass inside the context."""
+    return Positions(True, False, _exclusions(exclude))
+
+
+def generated_only(exclude: Iterable[str] = ()) -> Positions:
+    """The tokens after the prompt. The first generated token is predicted from the prompt's last
+    position, which is not edited then."""
+    return Positions(False, True, _exclusions(exclude))
+
+
+def at(positions: Iterable[int], exclude: Iterable[str] = ()) -> Positions:
+    """Positions counted from each sequence's first real token (padding left out)."""
+    chosen = tuple(sorted(set(positions)))
+    if any(p < 0 for p in chosen):
+        raise ValueError(f"positions: must be 0 or more, got {chosen}")
+    return Positions(True, True, _exclusions(exclude), chosen)
+
+
+def past_length(kwargs: dict[str, Any]) -> Any:
+    """How many tokens the KV cache holds before this pass: an int, or a tensor (static caches)."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def token_mask(
+    where: Positions,
+    kwargs: dict[str, Any],
+    prompt_length: int,
+    bos: int | None,
+) -> torch.Tensor:
+    """[B, T] bool: which tokens of this forward pass are edited.
+
+    Columns are absolute (cache length plus offset), so that cached, uncached and chunked passes
+    agree; with a 2-D attention mask, positions count from the first real token.
+    """
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    like = ids if ids is not None else embeds
+    if like is None:
+        raise ValueError("steer: the model was called without input_ids or inputs_embeds")
+    B, T = like.shape[:2]
+    column = past_length(kwargs) + torch.arange(T, device=like.device)  # [T]
+    mask = torch.ones(B, T, dtype=torch.bool, device=like.device)
+    if not where.prompt:
+        mask = mask & (column >= prompt_length)
+    if not where.generated:
+        mask = mask & (column < prompt_length)
+    attention = kwargs.get("attention_mask")
+    position = column.expand(B, T)
+    if isinstance(attention, torch.Tensor) and attention.dim() == 2:
+        real = attention.to(torch.bool)
+        order = real.cumsum(-1) - 1  # [B, total]
+        position = order.index_select(1, column)
+        if "pad" in where.exclude:
+            mask = mask & real.index_select(1, column)
+    if "bos" in where.exclude:
+        if ids is None or bos is None:
+            raise ValueError("steer: exclude='bos' needs input_ids and the model's bos_token_id")
+        mask = mask & ~((ids == bos) & (position <= 0))
+    if where.only is not None:
+        chosen = torch.tensor(where.only, device=like.device)
+        mask = mask & torch.isin(position, chosen)
+    return mask

@@ -1,0 +1,408 @@
+"""Steering inside generate(): what users of other tools report must not happen here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import generator, randn
+
+import fastsae
+from fastsae.steer import (
+    SAEDescription,
+    ablate,
+    active,
+    add,
+    add_vector,
+    attach,
+    clamp,
+    min_clamp,
+    positions,
+    project_out,
+    scale,
+)
+from fastsae.train.activations import edited, find_site
+
+transformers = pytest.importorskip("transformers")
+
+V, D, F, LAYER = 60, 16, 40, 1
+FAMILIES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": D, "n_layer": 3, "n_head": 2}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {"head_dim": 8}),
+    "qwen": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
+}
+COMMON = {
+    "hidden_size": D,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def tiny(family: str) -> torch.nn.Module:
+    name, config, own = FAMILIES[family]
+    sizes = own if family == "gpt2" else {**COMMON, **own}
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(
+        vocab_size=V, bos_token_id=0, eos_token_id=None, pad_token_id=1, **sizes
+    )
+    model = getattr(transformers, name)(made).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # larger than usual, so that greedy text is not constant
+            if p.dim() > 1:
+                p.mul_(6)
+    return model
+
+
+@pytest.fixture(params=list(FAMILIES))
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return tiny(request.param)
+
+
+@pytest.fixture
+def gpt2() -> torch.nn.Module:
+    return tiny("gpt2")
+
+
+def topk_sae(k: int = 5) -> fastsae.nn.TopKSAE:
+    sae = fastsae.nn.TopKSAE(D, F, k, seed=3)
+    with torch.no_grad():
+        sae.W_enc.copy_(randn(F, D, seed=4) / D**0.5)
+        sae.b_dec.copy_(randn(D, seed=5) / 4)
+        sae.b_enc.copy_(randn(F, seed=6) / 8)
+    return sae.eval()
+
+
+def prompt(B: int = 3, T: int = 6, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(2, V, (B, T), generator=generator(seed))
+    ids[:, 0] = 0
+    return ids
+
+
+def by_definition(model, sae, programs):
+    """A hook that edits inside the SAE and keeps the clean error term, position by position."""
+
+    def edit(x):
+        f = torch.zeros(*x.shape[:-1], F, dtype=x.dtype)
+        values, indices = sae.encode(x)
+        f.scatter_(-1, indices.long(), values)
+        changed = f.clone()
+        for b, program in enumerate(programs):
+            for j, rule in program or ():
+                changed[b, :, j] = rule(f[b, :, j])
+        decode = lambda f: f @ sae.W_dec + sae.b_dec  # noqa: E731
+        return x + decode(changed) - decode(f)
+
+    return edited(find_site(model, layer=LAYER)[1], edit)
+
+
+PROGRAMS = [
+    [clamp(3, 6.0)],
+    None,
+    [min_clamp(7, 4.0), scale(9, 0.5), ablate(11), add(12, 2.0)],
+]
+RULES = [
+    [(3, lambda f: torch.full_like(f, 6.0))],
+    None,
+    [
+        (7, lambda f: f.clamp(min=4.0)),
+        (9, lambda f: f * 0.5),
+        (11, lambda f: f * 0),
+        (12, lambda f: f + 2),
+    ],
+]
+
+
+def run(model, ids, **kwargs):
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, **kwargs}
+    out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+def test_generate_equals_the_definition_cached_or_not(model):
+    sae, ids = topk_sae(), prompt()
+    steerer = attach(model, sae, layer=LAYER)
+    clean, _ = run(model, ids)
+    with by_definition(model, sae, RULES):
+        want, want_logits = run(model, ids)
+    for use_cache in (True, False):
+        with steerer.steer(PROGRAMS):
+            got, logits = run(model, ids, use_cache=use_cache)
+        assert torch.equal(got, want)
+        assert (logits - want_logits).abs().max() < 1e-4 * want_logits.abs().max()
+    assert not torch.equal(want[0], clean[0]) and not torch.equal(want[2], clean[2])
+    assert torch.equal(want[1], clean[1])  # nothing leaks into the sequence left alone
+    assert torch.equal(run(model, ids)[0], clean)  # and nothing stays
+
+
+@torch.no_grad()
+def test_every_token_is_edited_the_first_generated_one_too(gpt2):
+    """The edit is seen in the hidden states of the prompt and of every decode step."""
+    steerer = attach(gpt2, None, layer=LAYER)
+    seen = []
+    gpt2.transformer.h[LAYER].register_forward_hook(
+        lambda m, a, out: seen.append(fastsae.train.activations.output_of(out).clone())
+    )
+    vector = randn(D, seed=2)
+    with steerer.steer([[add_vector(vector)]]):
+        gpt2.generate(prompt(1), max_new_tokens=4, do_sample=False, pad_token_id=1)
+    edited_states, seen[:] = list(seen), []
+    assert [s.shape[1] for s in edited_states] == [6, 1, 1, 1]
+    tokens = gpt2.generate(prompt(1), max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert len(seen) == 4 and tokens.shape[1] == 10
+    assert torch.allclose(edited_states[0], seen[0] + vector, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(model):
+    sae, short = topk_sae(), prompt(1, 4, seed=5)
+    steerer = attach(model, sae, layer=LAYER)
+    padded = torch.cat([torch.ones(1, 3, dtype=torch.long), short], 1)
+    ids = torch.cat([padded, prompt(1, 7, seed=6)])
+    mask = (torch.arange(7) >= torch.tensor([[3], [0]])).long()
+    where = positions.prompt_and_generated(exclude=("bos", "pad"))
+    with steerer.steer([[clamp(3, 6.0)]], where):
+        alone, _ = run(model, short)
+    with steerer.steer([[clamp(3, 6.0)], [ablate(2)]], where):
+        both, _ = run(model, ids, attention_mask=mask)
+    assert torch.equal(both[0, 3:], alone[0])
+
+
+@torch.no_grad()
+def test_static_cache_equals_dynamic(model):
+    sae, ids = topk_sae(), prompt()
+    steerer = attach(model, sae, layer=LAYER)
+    where = positions.prompt_and_generated(exclude="bos")
+    with steerer.steer(PROGRAMS, where):
+        dynamic, _ = run(model, ids)
+    with steerer.steer(PROGRAMS, where):
+        static, _ = run(model, ids, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+@torch.no_grad()
+def test_beams_and_samples_keep_their_programs(gpt2):
+    sae, ids = topk_sae(), prompt()
+    steerer = attach(gpt2, sae, layer=LAYER)
+    with by_definition(gpt2, sae, [r for r in RULES for _ in range(3)]):
+        want, _ = run(gpt2, ids, num_beams=3)
+    with steerer.steer(PROGRAMS):
+        got, _ = run(gpt2, ids, num_beams=3)
+    assert torch.equal(got, want)
+    options = {"do_sample": True, "num_return_sequences": 2}
+    with by_definition(gpt2, sae, [r for r in RULES for _ in range(2)]):
+        torch.manual_seed(0)
+        want, _ = run(gpt2, ids, **options)
+    with steerer.steer(PROGRAMS):
+        torch.manual_seed(0)
+        got, _ = run(gpt2, ids, **options)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_positions(gpt2):
+    steerer = attach(gpt2, None, layer=LAYER)
+    vector = randn(D, seed=2)
+    changed: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+    block = gpt2.transformer.h[LAYER]
+    edit = steerer._edit
+
+    def spy(x):
+        before.append(x.clone())
+        out = edit(x)
+        changed.append((out != x).any(-1)[0])
+        return out
+
+    steerer._edit = spy
+    ids = prompt(1, 5)
+
+    def edited_columns(where, use_cache=True):
+        changed.clear()
+        with steerer.steer([[add_vector(vector)]], where):
+            gpt2.generate(
+                ids, max_new_tokens=4, do_sample=False, pad_token_id=1, use_cache=use_cache
+            )
+        if not use_cache:
+            return changed[-1].tolist()
+        return torch.cat(changed).tolist()
+
+    y, n = True, False
+    for cached in (True, False):
+        assert edited_columns(None, cached) == [y] * 8
+        assert edited_columns(positions.prompt_only(), cached) == [y] * 5 + [n] * 3
+        assert edited_columns(positions.generated_only(), cached) == [n] * 5 + [y] * 3
+        no_bos = positions.prompt_and_generated(exclude="bos")
+        assert edited_columns(no_bos, cached) == [n] + [y] * 7
+        assert edited_columns(positions.at([1, 6]), cached) == [i in (1, 6) for i in range(8)]
+    assert block is steerer._module
+
+
+@torch.no_grad()
+def test_two_features_add_up_and_gates_read_the_clean_activation(gpt2):
+    sae, ids = topk_sae(), prompt(1, 20)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    site = gpt2.transformer.h[LAYER]
+
+    def states(program):
+        caught = []
+        handle = site.register_forward_hook(
+            lambda m, a, out: caught.append(fastsae.train.activations.output_of(out).clone())
+        )
+        if program is None:
+            gpt2(ids)
+        else:
+            with steerer.steer([program]):
+                gpt2(ids)
+        handle.remove()
+        return caught[0]
+
+    clean = states(None)
+    one, two = states([clamp(3, 6.0)]) - clean, states([clamp(4, 5.0)]) - clean
+    both = states([clamp(3, 6.0), clamp(4, 5.0)]) - clean
+    assert torch.allclose(both, one + two, atol=1e-4)
+    values, indices = sae.encode(clean)
+    j = int(indices[0, 0, 0])
+    fires = ((indices == j) & (values > 0)).any(-1)
+    gated = states([clamp(4, 5.0, when=active(j))]) - clean
+    assert torch.allclose(gated, torch.where(fires[..., None], two, 0.0), atol=1e-4)
+    assert fires.any() and not fires.all()
+
+
+@torch.no_grad()
+def test_several_sites_at_once(gpt2):
+    sae, ids = topk_sae(), prompt(2)
+    steerers = [attach(gpt2, sae, layer=i) for i in range(2)]
+    mlp = attach(gpt2, None, hook="transformer.h.2.mlp")
+    r = randn(D, seed=9)
+    with steerers[0].steer([[clamp(1, 3.0)], None]), steerers[1].steer([None, [clamp(2, 3.0)]]):
+        pair = gpt2(ids).logits
+    with steerers[0].steer([[clamp(1, 3.0)], None]):
+        first = gpt2(ids).logits
+    with steerers[1].steer([None, [clamp(2, 3.0)]]):
+        second = gpt2(ids).logits
+    assert torch.equal(pair[0], first[0]) and torch.equal(pair[1], second[1])
+    caught = []
+    gpt2.transformer.h[2].mlp.register_forward_hook(lambda m, a, out: caught.append(out.clone()))
+    with mlp.steer([[project_out(r)], None]):
+        gpt2(ids)
+    along = caught[0] @ (r / r.norm())
+    assert along[0].abs().max() < 1e-4 < along[1].abs().max()
+
+
+def test_compiled_model_is_steered(gpt2):
+    sae, ids = topk_sae(), prompt(3)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    compiled = torch.compile(gpt2, backend="aot_eager")
+    with torch.no_grad():
+        plain = compiled(ids).logits
+        for programs in (PROGRAMS, [[clamp(5, 9.0)], [ablate(1)], None]):
+            with steerer.steer(programs):
+                assert torch.allclose(compiled(ids).logits, gpt2(ids).logits, atol=1e-3)
+                assert not torch.allclose(compiled(ids).logits[0], plain[0], atol=1e-2)
+        assert torch.equal(compiled(ids).logits, plain)
+
+
+def test_steering_is_differentiable(gpt2):
+    steerer = attach(gpt2, None, layer=LAYER)
+    embeds = randn(1, 4, D, seed=1).requires_grad_()
+    with steerer.steer([[project_out(randn(D, seed=2))]]):
+        gpt2(inputs_embeds=embeds).logits.square().sum().backward()
+    assert embeds.grad is not None and bool(embeds.grad.isfinite().all())
+    assert float(embeds.grad.abs().max()) > 0
+
+
+def test_an_exception_clears_and_bad_use_is_refused(gpt2):
+    sae, ids = topk_sae(), prompt(2)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    with pytest.raises(ValueError, match="attached already"):
+        attach(gpt2, sae, layer=LAYER)
+    clean = gpt2(ids).logits
+    with pytest.raises(KeyError), steerer.steer([[clamp(3, 6.0)], None]):
+        raise KeyError
+    assert torch.equal(gpt2(ids).logits, clean)
+    with steerer.steer([[clamp(3, 6.0)], None]):
+        with pytest.raises(RuntimeError, match="already"), steerer.steer([None]):
+            pass
+        with pytest.raises(ValueError, match="2 programs for a call"):
+            gpt2(prompt(3))
+        assert not torch.equal(gpt2(ids).logits, clean)  # the refused block changed nothing
+    for program, message in (
+        ([clamp(F, 1.0)], f"whose SAE has {F}"),
+        ([clamp(3, 1.0, unit="max")], "needs the SAE's maximum activations"),
+        ([add_vector(randn(D + 1))], f"width {D + 1}"),
+        ([clamp(j, 1.0) for j in range(33)], "max_ops is 32"),
+    ):
+        with pytest.raises(ValueError, match=message), steerer.steer([program, None]):
+            pass
+    assert torch.equal(gpt2(ids).logits, clean)
+    steerer.detach()
+    attach(gpt2, None, layer=LAYER).detach()
+
+
+def test_operations_refuse_nonsense():
+    for make, message in (
+        (lambda: clamp(-1, 2.0), "0 or more"),
+        (lambda: clamp(1, float("nan")), "finite"),
+        (lambda: clamp(1, 2.0, unit="x"), "unit must be"),
+        (lambda: project_out(torch.zeros(4)), "direction is zero"),
+        (lambda: add_vector(torch.full((4,), float("inf"))), "NaN or inf"),
+        (lambda: positions.at([-1]), "0 or more"),
+        (lambda: positions.prompt_only(exclude="eos"), "exclude takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(TypeError):
+        clamp(1.5, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk", "topk-rescaled"])
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+@torch.no_grad()
+def test_equals_saelens_error_term(gpt2, kind, norm):
+    """Its own error-term path, latents set by its own hook, on the same activations."""
+    sae_lens = pytest.importorskip("sae_lens")
+    names = {
+        "standard": ("StandardSAE", {}),
+        "jumprelu": ("JumpReLUSAE", {}),
+        "gated": ("GatedSAE", {}),
+        "topk": ("TopKSAE", {"k": 5, "rescale_acts_by_decoder_norm": False}),
+        "topk-rescaled": ("TopKSAE", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+    }
+    name, own = names[kind]
+    config = getattr(sae_lens, f"{name}Config")(
+        d_in=D, d_sae=F, normalize_activations=norm, apply_b_dec_to_input=True, **own
+    )
+    sae = getattr(sae_lens, name)(config)
+    for i, (label, p) in enumerate(sae.named_parameters()):
+        p.copy_(randn(*p.shape, seed=i) / (2 if p.dim() == 1 else D**0.5))
+        if label == "threshold":
+            p.abs_()
+    x = randn(1, 40, D, seed=30)
+    j, k = sae.encode(x)[0].to_dense().sum(0).topk(2).indices.tolist()
+    sae.use_error_term = True
+
+    def set_latents(acts, hook=None):
+        acts = acts.to_dense().clone() if acts.is_sparse else acts.clone()
+        acts[..., j], acts[..., k] = 3.0, acts[..., k] * 0.5
+        return acts
+
+    sae.hook_sae_acts_post.add_hook(set_latents)
+    truth = sae(x)
+    block = gpt2.transformer.h[LAYER]
+    steerer = attach(gpt2, sae, layer=LAYER)
+    with steerer.steer([[clamp(j, 3.0), scale(k, 0.5)]]):
+        got = steerer._edit(x)
+    assert block is steerer._module
+    assert (got - truth).abs().max() < 2e-5 * truth.abs().max()
+    assert (got - x).abs().max() > 0.1
+
+
+def test_a_description_is_enough(gpt2):
+    with pytest.raises(ValueError, match="jumprelu needs threshold"):
+        SAEDescription(randn(F, D), randn(F), randn(F, D), randn(D), "jumprelu")
+    with pytest.raises(TypeError, match="SAEDescription"):
+        attach(gpt2, object(), layer=LAYER)

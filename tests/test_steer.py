@@ -1,0 +1,226 @@
+"""steer against its definition: an SAE run in full, its activations changed, its error kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_close, generator, randn
+
+from fastsae import _steer_codes as rules
+from fastsae import ops
+from fastsae.reference.steer import edited, normalised
+
+CODES = [
+    rules.CLAMP, rules.MIN_CLAMP, rules.CLAMP_IF_ACTIVE, rules.SCALE, rules.ADD, rules.PROBE,
+]  # fmt: skip
+
+
+def tables(S: int, P: int, D: int, dtype: torch.dtype, seed: int = 0):
+    """Random lists with every opcode, flag and gate."""
+    g = generator(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    enc = randn(S, P, D, dtype=dtype, seed=seed + 1) / D**0.5
+    dec = randn(S, P, D, dtype=dtype, seed=seed + 2) / D**0.5
+    param = torch.randn(S, P, 6, generator=g, dtype=torch.float64).to(wide) / 2
+    opcode = torch.tensor(CODES)[torch.randint(len(CODES), (S, P), generator=g)]
+    opcode[:, P // 2 :] *= torch.rand(S, P - P // 2, generator=g) < 0.8  # some lists end early
+    flags = torch.randint(8, (S, P), generator=g)
+    gate = torch.randint(-P, P + 2, (S, P), generator=g).clamp(min=-1)
+    return enc, dec, param, torch.stack([opcode, flags, gate], -1).int()
+
+
+def call(x, table, slots, mask=None, member=None, norm="none", eps=1e-5):
+    return ops.steer(x, *table, slots, mask, member, norm, eps)
+
+
+def direct(x, table, slots, mask=None, member=None, norm="none", eps=1e-5):
+    rows = x.flatten(0, -2)
+    mask = None if mask is None else mask.flatten()
+    member = None if member is None else member.flatten(0, -2)
+    return edited(rows, *table, slots, mask, member, norm, eps).view(x.shape)
+
+
+def widened(table):
+    return tuple(t.double() if t.is_floating_point() else t for t in table)
+
+
+@pytest.mark.parametrize(
+    "B,T,D,P", [(3, 5, 64, 4), (1, 1, 33, 1), (2, 3, 1, 7), (4, 2, 130, 3)], ids=str
+)
+@pytest.mark.parametrize("norm", rules.NORMS)
+def test_matches_fp64_reference(backend, dtype, B, T, D, P, norm):
+    if D == 1 and norm == "layer_norm":
+        pytest.skip("one element has no spread: 0 / eps")
+    x = randn(B, T, D, dtype=dtype, seed=7)
+    table = tables(4, P, D, dtype)
+    slots = torch.randint(-1, 4, (B,), generator=generator(3)).int()
+    mask = torch.rand(B, T, generator=generator(4)) < 0.7
+    member = torch.rand(B, T, P, generator=generator(5)) < 0.5
+    got = call(x, table, slots, mask, member, norm)
+    # in the storage dtype the tables are what they are: only the arithmetic is compared
+    truth = direct(x.double(), widened(table), slots, mask, member, norm)
+    plain = direct(x, table, slots, mask, member, norm)
+    assert_close(got, truth, plain, dtype, scale=4)
+
+
+def test_in_place_and_untouched_rows_are_bit_exact(backend, dtype):
+    D, P = 40, 3
+    x = randn(6, 4, D, dtype=dtype, seed=1)
+    x[0, 0, :5] = torch.tensor([-0.0, 0.0, float("inf"), float("nan"), -1.0]).to(dtype)
+    enc, dec, param, code = tables(3, P, D, dtype)
+    code[0] = torch.tensor([rules.END, 0, -1])  # an empty list
+    code[1] = torch.tensor([rules.SCALE, 0, -1])
+    param[1, :, 4] = 1.0  # scale by one: every delta is zero
+    slots = torch.tensor([-1, 0, 1, 2, 2, 2]).int()
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    mask[4] = False
+    table = (enc, dec, param, code)
+    out = call(x, table, slots, mask)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    for row in (0, 1, 2, 4):
+        assert torch.equal(out[row].view(bits), x[row].view(bits)), row
+    assert not torch.equal(out[5], x[5])
+    y = x.clone()
+    assert ops.steer_(y, *table, slots, mask) is y
+    assert torch.equal(y.view(bits), out.view(bits))
+    assert torch.equal(call(x, table, slots, mask).view(bits), out.view(bits))
+
+
+def dense_sae(kind: str, D: int, F: int, k: int):
+    """W_enc, b_enc, theta, gain, offset of an SAE, and its activations in full."""
+    W = randn(F, D, dtype=torch.float64, seed=11) / D**0.5
+    V = randn(F, D, dtype=torch.float64, seed=12) / D**0.5
+    b = randn(F, dtype=torch.float64, seed=13) / 4
+    theta, gain, offset = torch.zeros(F).double(), torch.ones(F).double(), b.clone()
+    if kind == "jumprelu":
+        theta = torch.rand(F, generator=generator(14)).double()
+    if kind == "gated":
+        gain = torch.rand(F, generator=generator(15)).double() + 0.5
+        offset = randn(F, dtype=torch.float64, seed=16) / 4
+
+    def activations(u: torch.Tensor) -> torch.Tensor:
+        p = u @ W.T
+        f = torch.where(p + b > theta, (gain * p + offset).clamp(min=0), 0.0)
+        if kind == "topk":
+            kept = torch.zeros_like(f, dtype=torch.bool)
+            kept.scatter_(-1, ops.topk_encode(u, W, b, k)[1].long(), True)
+            f = torch.where(kept, f, 0.0)
+        return f
+
+    return W, V, b, theta, gain, offset, activations
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated", "topk"])
+@pytest.mark.parametrize("norm", rules.NORMS)
+def test_equals_the_edit_inside_the_sae_with_its_error_kept(kind, norm):
+    """x' = decode(f edited) + (x - decode(f)), run in full in fp64."""
+    D, F, k, P = 24, 60, 8, 6
+    W, V, b, theta, gain, offset, activations = dense_sae(kind, D, F, k)
+    x = randn(2, 9, D, dtype=torch.float64, seed=20)
+    u, back = (t.view(2, 9, -1) for t in normalised(x.view(-1, D), norm, 1e-5))
+    f = activations(u)
+    # latents that are active somewhere, so that every rule has work to do
+    latents = f.flatten(0, 1).sum(0).topk(P).indices
+    opcodes = torch.tensor(CODES)
+    values = torch.tensor([3.0, 0.4, 2.0, 0.0, 1.5, 0.0], dtype=torch.float64)
+    gate = torch.tensor([-1, -1, -1, 5, -1, -1])  # the ablation only where latent 5 is above tau
+    tau = 0.05
+    changed = f.clone()
+    for o, j in enumerate(latents.tolist()):
+        v, old = values[o], f[..., j]
+        new = {
+            rules.CLAMP: v.expand_as(old),
+            rules.MIN_CLAMP: old.clamp(min=float(v)),
+            rules.CLAMP_IF_ACTIVE: torch.where(old > 0, v, old),
+            rules.SCALE: v * old,
+            rules.ADD: old + v,
+            rules.PROBE: old,
+        }[int(opcodes[o])]
+        if gate[o] >= 0:
+            new = torch.where(f[..., latents[gate[o]]] > tau, new, old)
+        changed[..., j] = new
+    error = x - f @ V * back
+    truth = changed @ V * back + error
+    flags = torch.full((P,), rules.MEMBER if kind == "topk" else 0)
+    picked = [t[latents] for t in (b, theta, gain, offset)]
+    param = torch.stack([*picked, values, torch.full((P,), tau).double()], -1)[None]
+    member = None
+    if kind == "topk":
+        chosen = ops.topk_encode(u, W, b, k)[1]
+        member = (chosen[..., None] == latents.int()).any(-2)
+    code = torch.stack([opcodes, flags, gate], -1)[None].int()
+    slots = torch.zeros(2, dtype=torch.int32)
+    table = (W[latents][None], V[latents][None], param, code)
+    got = call(x, table, slots, None, member, norm)
+    assert (got - truth).abs().max() < 1e-12
+    assert (got - x).abs().max() > 0.1
+
+
+def test_directions_are_read_and_written_raw():
+    """project_out and project_clamp: CLAMP of the projection itself, whatever the SAE's norm."""
+    x = randn(2, 5, 16, dtype=torch.float64, seed=1)
+    r = torch.nn.functional.normalize(randn(16, dtype=torch.float64, seed=2), dim=0)
+    inf = float("inf")
+    param = torch.tensor([[[0, -inf, 1, 0, 0, 0]], [[0, -inf, 1, 0, 2.5, 0]]]).double()
+    code = torch.tensor([[[rules.CLAMP, rules.RAW | rules.SIGNED, -1]]] * 2).int()
+    rows = r.expand(2, 1, -1).contiguous()
+    got = call(x, (rows, rows, param, code), torch.tensor([0, 1]).int(), norm="layer_norm")
+    assert (got[0] - (x[0] - (x[0] @ r)[:, None] * r)).abs().max() < 1e-14
+    assert (got[1] @ r - 2.5).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("norm", rules.NORMS)
+def test_gradcheck(norm):
+    x = randn(2, 3, 6, dtype=torch.float64, seed=1).requires_grad_()
+    enc, dec, param, code = tables(2, 4, 6, torch.float64, seed=3)
+    slots = torch.tensor([0, 1]).int()
+    leaves = [t.requires_grad_() for t in (enc, dec, param)]
+    assert torch.autograd.gradcheck(
+        lambda x, e, d, p: ops.steer(x, e, d, p, code, slots, norm=norm), (x, *leaves)
+    )
+
+
+def test_opcheck_and_double_backward():
+    x = randn(2, 3, 6, seed=1).requires_grad_()
+    enc, dec, param, code = tables(2, 4, 6, torch.float32)
+    slots = torch.tensor([0, -1]).int()
+    args = (x, enc.requires_grad_(), dec, param.requires_grad_(), code, slots)
+    torch.library.opcheck(torch.ops.fastsae.steer.default, args)
+    plain = tuple(t.detach() for t in args)
+    torch.library.opcheck(torch.ops.fastsae.steer_.default, plain)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(ops.steer(*args).square().sum(), x, create_graph=True)
+
+
+def test_compiles_whole(backend):
+    x = randn(2, 3, 8, seed=1)
+    table, slots = tables(2, 4, 8, torch.float32), torch.tensor([0, 1]).int()
+    want = call(x, table, slots)
+    got = torch.compile(lambda x: call(x, table, slots) + 1, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(got, want + 1)
+
+
+def test_empty_and_bad_input(backend):
+    table = tables(2, 3, 8, torch.float32)
+    slots = torch.tensor([0, 1]).int()
+    assert call(randn(2, 0, 8), table, slots).shape == (2, 0, 8)
+    assert call(randn(0, 4, 8), table, slots[:0]).shape == (0, 4, 8)
+    x = randn(2, 4, 8)
+    with pytest.raises(ValueError, match=r"steer: x must be \[B, ..., D\] with D = 8"):
+        call(randn(2, 4, 9), table, slots)
+    with pytest.raises(ValueError, match="steer: slots must be"):
+        call(x, table, slots[:1])
+    with pytest.raises(TypeError, match="steer: slots must be torch.int32"):
+        call(x, table, slots.long())
+    with pytest.raises(ValueError, match="steer: norm must be one of"):
+        call(x, table, slots, norm="l2")
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.steer_(randn(2, 8, 4).mT, *table, slots)
+    with pytest.raises(ValueError, match="a slot and an entry"):
+        call(x, tuple(t[:, :0] for t in table), slots)
+    for bad in (2, -2):
+        if backend in ("reference", "cpu"):
+            with pytest.raises(RuntimeError, match=r"slots must lie in \[-1, 2\)"):
+                call(x, table, torch.tensor([0, bad]).int())
+        else:  # kernels that cannot raise leave the sequence alone
+            assert torch.equal(call(x, table, torch.tensor([0, bad]).int())[1], x[1])
