@@ -30,7 +30,8 @@ FLAGS = [
 
 def digest(source: Path, *command: str) -> str:
     """Changes with the source, its headers and how it is compiled."""
-    files = [source, *sorted((ROOT / "csrc").rglob("*.h")), Path(__file__), SHIM]
+    headers = sorted(p for d in ("common", "cuda") for p in (ROOT / "csrc" / d).glob("*.h"))
+    files = [source, *headers, Path(__file__), SHIM]
     text = (
         b"".join(p.read_bytes() for p in files) + " ".join([torch.__version__, *command]).encode()
     )
