@@ -147,7 +147,7 @@ def run(settings: Settings, progress: Progress) -> Result:
         found = study_latents(settings, subject, training.sae, store, progress)
     with timed("steer"):
         steering = steer(
-            settings, subject.model, subject.module, subject.tokenizer, training.sae, store,
+            settings, subject.model, subject.site, subject.tokenizer, training.sae, store,
             held_out, found, splice, progress,
         )  # fmt: skip
         if steering is not None and steering.feature not in [c.index for c in found.cards]:

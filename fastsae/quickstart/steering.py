@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..features.tokens import TokenText
 from ..nn import TopKSAE
-from ..steer.clamp import added, clamped
+from ..steer import Steerer, add_vector, attach, clamp
 from ..steer.sweep import (
     Point,
     Sampling,
@@ -131,7 +130,7 @@ def own_tokens(found: Found, latent: int, *, fires: int = 6, promotes: int = 10)
 def steer(
     settings: Settings,
     model: Any,
-    module: nn.Module,
+    site: str,
     tokenizer: Any,
     sae: TopKSAE,
     store: Store,
@@ -147,6 +146,24 @@ def steer(
     """
     if not found.candidates:
         return None
+    steerer = attach(model, sae, hook=site, max_slots=len(found.candidates))
+    try:
+        return _steer(settings, model, steerer, tokenizer, store, held_out, found, splice, progress)
+    finally:
+        steerer.detach()
+
+
+def _steer(
+    settings: Settings,
+    model: Any,
+    steerer: Steerer,
+    tokenizer: Any,
+    store: Store,
+    held_out: Windows,
+    found: Found,
+    splice: SpliceLoss,
+    progress: Progress,
+) -> Steering:
     sampling = Sampling(new_tokens=settings.sample_tokens, seed=settings.seed)
     count = min(settings.samples, len(held_out))
     length = min(24, held_out.tokens.shape[1] // 2)
@@ -166,7 +183,7 @@ def steer(
             return Point("none", 0.0, token_share(before, own), distinct_bigrams(before), base_loss)
 
         screened = _screen(
-            settings, model, module, sae, found, candidates, prompts, loss_windows, sampling,
+            settings, model, steerer, found, candidates, prompts, loss_windows, sampling,
             base_of, loss_scale, advance,
         )  # fmt: skip
         latent = screened[0].feature
@@ -182,8 +199,8 @@ def steer(
 
                 def hook(method: str = method, value: float = strength * unit) -> Any:
                     if method == CLAMP:
-                        return clamped(module, sae, latent, value)
-                    return added(module, value * vector)
+                        return steerer.steer([[clamp(latent, value)]])
+                    return steerer.steer([[add_vector(vector, value)]])
 
                 tokens = sample(model, prompts, sampling, hook())
                 advance(1)
@@ -218,8 +235,7 @@ def steer(
 def _screen(
     settings: Settings,
     model: Any,
-    module: nn.Module,
-    sae: TopKSAE,
+    steerer: Steerer,
     found: Found,
     candidates: torch.Tensor,
     prompts: torch.Tensor,
@@ -233,26 +249,25 @@ def _screen(
     each = min(6, len(prompts))
     few = loss_windows.select(range(min(2, len(loss_windows))))
     best: dict[int, Screened] = {}
-    rows = candidates.repeat_interleave(each)
     for strength in settings.screen_strengths:
-        values = strength * found.stats.max[rows]
+        values = (strength * found.stats.max[candidates]).tolist()
+        programs = [[clamp(j, value)] for j, value in zip(candidates.tolist(), values)]
         tokens = sample(
             model, prompts[:each].repeat(len(candidates), 1), sampling,
-            clamped(module, sae, rows, values),
+            steerer.steer(programs),
         ).view(len(candidates), each, -1)  # fmt: skip
         advance(1)
         clean = None
         for i, latent in enumerate(candidates.tolist()):
-            value = strength * float(found.stats.max[latent])
             own = own_tokens(found, latent)
             base = base_of(own)
             if clean is None:
                 clean = cross_entropy(model, few)
-            added_loss = cross_entropy(model, few, clamped(module, sae, latent, value)) - clean
+            steered = cross_entropy(model, few, steerer.steer([programs[i]]))
             advance(1)
             point = Point(
                 CLAMP, strength, token_share(tokens[i], own), distinct_bigrams(tokens[i]),
-                base.loss + added_loss,
+                base.loss + steered - clean,
             )  # fmt: skip
             net = net_effect(point, base, loss_scale)
             if latent not in best or net > best[latent].net:
