@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ATOL, assert_close, device_of, randn
+from conftest import ATOL, assert_close, device_of, randn, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,11 @@ SHAPES = [
     pytest.param(3, 40, 2000, 700, id="large-k"),
     pytest.param(200, 384, 4100, 24, id="several-tiles"),
 ]
+
+
+def few(backend, n):
+    """Where kernels are interpreted, selecting a token's k best takes 50 ms."""
+    return n if tokens(backend, n) == n else 3
 
 
 def problem(n, d, f, dtype, device, seed=0):
@@ -64,7 +69,7 @@ def assert_selection(values, indices, x, W, b, k, relu=True, rank_scale=None):
 @pytest.mark.parametrize("n,d,f,k", SHAPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_selects_the_k_best(backend, dtype, n, d, f, k, bias):
-    x, W, b = problem(n, d, f, dtype, device_of(backend))
+    x, W, b = problem(few(backend, n), d, f, dtype, device_of(backend))
     b = b if bias else None
     values, indices = ops.topk_encode(x, W, b, k)
     assert_selection(values, indices, x, W, b, k)
@@ -75,7 +80,7 @@ def test_selects_the_k_best(backend, dtype, n, d, f, k, bias):
 
 
 def test_identity_and_rank_scale(backend, dtype):
-    x, W, b = problem(40, 33, 500, dtype, device_of(backend))
+    x, W, b = problem(few(backend, 40), 33, 500, dtype, device_of(backend))
     scale = (0.1 + randn(500, seed=9).abs()).to(dtype).to(x.device)
     values, indices = ops.topk_encode(x, W, b, 450, activation="identity", rank_scale=scale)
     assert (values < 0).any()
@@ -93,10 +98,10 @@ def test_ties_go_to_the_lowest_index(backend, dtype):
     if backend == "reference":
         return  # its library product may sum the columns of an edge tile in another order
     # duplicated latents far apart tie exactly, whatever tile they fall in
-    x, W, b = problem(20, 100, 1111, dtype, device)
+    x, W, b = problem(few(backend, 20), 100, 1111, dtype, device)
     W2, b2 = torch.cat([W, W, W]), torch.cat([b, b, b])
     values, indices = ops.topk_encode(x, W2, b2, 30)
-    groups = indices.long().view(20, 10, 3)
+    groups = indices.long().view(-1, 10, 3)
     assert (groups[..., 1] - groups[..., 0] == 1111).all()
     assert (groups[..., 2] - groups[..., 1] == 1111).all()
 
@@ -109,7 +114,7 @@ def test_adversarial_column_order(backend, order):
     column = {"ascending": ramp, "descending": ramp.flip(0), "zero": ramp * 0}[order]
     W = torch.zeros(f, 32)
     W[:, 0] = column
-    x = torch.zeros(70, 32)
+    x = torch.zeros(few(backend, 70), 32)
     x[:, 0] = 1
     x, W = x.to(device_of(backend)), W.to(device_of(backend))
     _, indices = ops.topk_encode(x, W, None, 40)
@@ -143,7 +148,7 @@ def test_empty(backend, shape):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite(backend, dtype, where, bad):
     """Defined as torch's sort ranks it: NaN first, then +inf; indices distinct and in range."""
-    x, W, b = problem(70, 40, 700, dtype, device_of(backend))
+    x, W, b = problem(few(backend, 70), 40, 700, dtype, device_of(backend))
     {"x": x[3], "W": W[11], "b": b}[where][5] = bad
     values, indices = ops.topk_encode(x, W, b, 9, activation="identity")
     expected, expected_index = reference.topk_encode(x.cpu(), W.cpu(), b.cpu(), 9, False, None)
@@ -159,7 +164,7 @@ def test_not_finite(backend, dtype, where, bad):
 @pytest.mark.parametrize("scale", [1e-30, 1e-42, 1e18, 3e37])
 def test_extreme_scales(backend, scale):
     """Denormal products and sums near overflow give what fp32 arithmetic gives."""
-    x, W, _ = problem(30, 50, 400, torch.float32, device_of(backend))
+    x, W, _ = problem(few(backend, 30), 50, 400, torch.float32, device_of(backend))
     values, indices = ops.topk_encode(x, W * scale, None, 6, activation="identity")
     assert_selection_scaled(values, indices, x, W * scale, 6)
 
@@ -197,7 +202,7 @@ def test_any_size_matches_the_reference(n, d, f, data, seed):
 def test_integer_data_is_identical_to_the_reference(backend, dtype):
     device = device_of(backend)
     g = torch.Generator().manual_seed(3)
-    x = torch.randint(-3, 4, (130, 96), generator=g).to(dtype).to(device)
+    x = torch.randint(-3, 4, (few(backend, 130), 96), generator=g).to(dtype).to(device)
     W = torch.randint(-2, 3, (2051, 96), generator=g).to(dtype).to(device)
     values, indices = ops.topk_encode(x, W, None, 33, activation="identity")
     expected, expected_index = reference.topk_encode(x.cpu(), W.cpu(), None, 33, False, None)
@@ -205,7 +210,7 @@ def test_integer_data_is_identical_to_the_reference(backend, dtype):
 
 
 def test_latents_restrict_the_candidates(backend):
-    x, W, b = problem(20, 30, 400, torch.float32, device_of(backend))
+    x, W, b = problem(few(backend, 20), 30, 400, torch.float32, device_of(backend))
     latents = torch.arange(3, 400, 7, device=W.device)
     values, indices = ops.topk_encode(x, W, b, 6, latents=latents)
     v, i = ops.topk_encode(x, W[latents], b[latents], 6)
@@ -213,7 +218,7 @@ def test_latents_restrict_the_candidates(backend):
 
 
 def test_repeatable(backend, dtype):
-    x, W, b = problem(90, 100, 3000, dtype, device_of(backend))
+    x, W, b = problem(few(backend, 90), 100, 3000, dtype, device_of(backend))
     first, second = (ops.topk_encode(x, W, b, 20) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 

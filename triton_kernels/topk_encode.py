@@ -1,0 +1,149 @@
+"""topk_encode: selection while the scores are formed; no [N, F] in memory.
+
+Chunked: columns in chunks of a slab that stays in the L2 cache, each a product followed by a kernel
+that keeps every row's k best so far. Any k, F, D and dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ._blocks import POINTERS, on_device
+from ._configuration import Configuration
+from ._topk_encode_keys import MAX_SORTED, BestKeys, MergedKeys, decode_keys
+from ._topk_encode_product import product
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Sizes of the chunked path."""
+
+    rows: int = 4096  # tokens per pass over W
+    slab: int = 1 << 23  # scores held at once: 32 MB of fp32, of the 50 MB of L2 of an H100 or H200
+    keys_bytes: int = 160 << 20  # with the slab below 256 MB
+
+    def columns(self, rows: int, f: int) -> int:
+        """Width of a chunk: as equal as they can be, so that every product is the same call."""
+        count = triton.cdiv(f, max(1, self.slab // rows))
+        return min(f, triton.cdiv(triton.cdiv(f, count), 16) * 16)
+
+
+def select_chunked(
+    x: torch.Tensor,  # [R, D]
+    W_enc: torch.Tensor,  # [F, D]
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+) -> torch.Tensor:
+    """Keys [R, >= k] with the k best in order in front."""
+    (rows, _), f = x.shape, W_enc.shape[0]
+    columns = chunks.columns(rows, f)
+    slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
+    best: BestKeys | MergedKeys
+    if k <= MAX_SORTED:
+        best = BestKeys(rows, k, x.device)
+    else:
+        best = MergedKeys(rows, k, columns, x.device)
+    for begin in range(0, f, columns):
+        first = min(begin, f - columns)  # the last chunk overlaps: all have one shape
+        product(x, W_enc[first : first + columns], slab)
+        best.add(slab, b_enc, rank_scale, first, begin - first, last=begin + columns >= f)
+    return best.keys
+
+
+def _rows_at_once(n: int, k: int, chunks: Chunks) -> int:
+    if k <= MAX_SORTED:
+        fit = chunks.keys_bytes // BestKeys.bytes_per_row(k)
+    else:  # a chunk's keys are 8 bytes a score
+        fit = (chunks.keys_bytes - 8 * chunks.slab) // MergedKeys.bytes_per_row(k)
+    return max(1, min(n, chunks.rows, fit))
+
+
+@triton.jit
+def _selected_values_kernel(
+    x_ptr,  # [R, D]
+    W_ptr,  # [F, D]
+    bias_ptr,  # [F] or None
+    indices_ptr,  # [R, K]
+    values_ptr,  # [R, K]
+    K,
+    D,
+    RELU: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    latent = tl.load(indices_ptr + row * K + k, mask=k < K, other=0).to(tl.int64)
+    acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(W_ptr + latent[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)
+        acc += x[None, :] * w.to(tl.float32)
+    value = tl.sum(acc, axis=1)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + latent).to(tl.float32)
+    if RELU:
+        value = tl.where(value < 0.0, 0.0, value)  # NaN stays
+    tl.store(values_ptr + row * K + k, value.to(values_ptr.dtype.element_ty), mask=k < K)
+
+
+def _selected_values(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    relu: bool,
+) -> None:
+    (rows, k), d = indices.shape, x.shape[1]
+    _selected_values_kernel[(rows, triton.cdiv(k, 8))](
+        x, W_enc, b_enc, indices, values, k, d, RELU=relu, BLOCK_K=8, BLOCK_D=512
+    )
+
+
+def topk_encode(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    relu: bool,
+    rank_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `fastsae.ops.topk_encode`. No host sync; unverified on a GPU."""
+    n = x.shape[0]
+    values = x.new_empty(n, k)
+    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    chunks = Chunks()
+    with on_device(x):
+        step = _rows_at_once(n, k, chunks)
+        for begin in range(0, n, step):
+            some = slice(begin, begin + step)
+            keys = select_chunked(x[some], W_enc, b_enc, k, rank_scale, chunks)
+            if rank_scale is None:
+                decode_keys(keys, values[some], indices[some], relu)
+            else:  # a key holds the scaled score, which the value cannot be had from
+                decode_keys(keys, None, indices[some], relu)
+                _selected_values(x[some], W_enc, b_enc, indices[some], values[some], relu)
+    return values, indices
+
+
+def configurations() -> list[Configuration]:
+    """The values of ranked latents, each dtype."""
+    result = []
+    for pointer in POINTERS.values():
+        for d in ("i32:16", "i32"):
+            signature = dict(
+                x_ptr=pointer, W_ptr=pointer, bias_ptr=pointer, indices_ptr="*i32",
+                values_ptr=pointer, K="i32", D=d,
+            )  # fmt: skip
+            constants = dict(RELU=True, BLOCK_K=8, BLOCK_D=512)
+            label = pointer[1:] + (" odd D" if d == "i32" else "")
+            result.append(Configuration(_selected_values_kernel, label, signature, constants))
+    return result
