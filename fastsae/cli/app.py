@@ -7,6 +7,7 @@ import typer
 from .bench import bench
 from .info import info
 from .quickstart import quickstart
+from .steer import steer
 
 app = typer.Typer(
     name="fastsae",
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(quickstart)
+app.command()(steer)
 app.command()(info)
 app.command()(bench)
 

@@ -22,6 +22,7 @@ from ..features.tokens import TokenMass, TokenText, logit_effect
 from ..nn import TopKSAE
 from ..nn._files import write_text_atomic
 from ..optim import FusedAdam
+from ..steer.describe import MAX_ACTIVATION, MaxActivations
 from ..train.activations import Store, Windows, blocks_of, collect, find_site, windows_of
 from ..train.evaluate import Reconstruction, SpliceLoss, reconstruction, splice_loss
 from ..train.plain import PlainTopKStep
@@ -77,7 +78,7 @@ class Result:
     splice: SpliceLoss
     cards: list[Card]
     steering: Steering | None
-    stats_tokens: int
+    max_activation: MaxActivations
     seconds: dict[str, float] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Result:
             "ce_zero_ablated": self.splice.ce_zero_ablated,
             "loss_recovered": self.splice.loss_recovered,
             "loss_curve": [list(point) for point in t.curve],
-            "stats_tokens": self.stats_tokens,
+            "stats_tokens": self.max_activation.tokens,
             "features": [card.as_dict() for card in self.cards],
             "steering": None if self.steering is None else self.steering.as_dict(),
             "timing": {
@@ -154,7 +155,10 @@ def run(settings: Settings, progress: Progress) -> Result:
             found.cards[-1:] = [found.card(steering.feature)]
     return Result(
         settings, subject, training, quality, splice, found.cards, steering,
-        found.stats.n_tokens, seconds,
+        MaxActivations(
+            found.stats.max, found.stats.n_tokens, "the standard library's text", site=subject.site
+        ),
+        seconds,
     )  # fmt: skip
 
 
@@ -462,7 +466,9 @@ def _finite(value: Any) -> Any:
 
 
 def write(result: Result) -> Path:
-    """Writes sae/, report.json and index.html, each atomically; returns the page's path.
+    """Writes sae/ (with the latents' maximum activations), report.json and index.html.
+
+    Each atomically. Returns the page's path.
 
     Raises:
         QuickstartError: the folder cannot be written.
@@ -474,6 +480,7 @@ def write(result: Result) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         result.training.sae.save_pretrained(out / "sae")
+        result.max_activation.save(out / "sae" / MAX_ACTIVATION)
         page = out / "index.html"
         write_text_atomic(out / "report.json", to_json(report))
         write_text_atomic(page, render(report))

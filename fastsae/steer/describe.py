@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..nn import _files
 from ..nn.topk_sae import TopKSAE
 
+MAX_ACTIVATION = "max_activation"  # the statistics' folder inside an SAE's
+_FORMAT = "fastsae.MaxActivations"
+_ABOUT = {"tokens": int, "data": str, "special_tokens": bool, "site": str}
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk")
 
 
@@ -21,12 +26,33 @@ class MaxActivations:
         tokens: how many tokens were looked at.
         data: what text they came from.
         special_tokens: were BOS and padding among them?
+        site: the module's path, "" when not known.
     """
 
     values: torch.Tensor
     tokens: int
     data: str
     special_tokens: bool = False
+    site: str = ""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the statistics into a directory of their own, atomically."""
+        about = {name: getattr(self, name) for name in _ABOUT}
+        _files.save(directory, _FORMAT, about, {"values": self.values})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> MaxActivations:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: missing, truncated or foreign; the file is named.
+        """
+        header, tensors = _files.load(directory, _FORMAT, "cpu")
+        if set(tensors) != {"values"} or not all(
+            isinstance(header.get(name), kind) for name, kind in _ABOUT.items()
+        ):
+            raise ValueError(f"{directory}: not the statistics of an SAE's maximum activations")
+        return cls(tensors["values"], **{name: header[name] for name in _ABOUT})
 
 
 @dataclass(frozen=True)

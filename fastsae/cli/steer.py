@@ -1,0 +1,143 @@
+"""`fastsae steer`: one latent turned up or down, the text before and after side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import fail, fail_missing
+
+if TYPE_CHECKING:
+    from ..nn import TopKSAE
+    from ..steer import MaxActivations
+
+
+def steer(
+    sae: Path = typer.Option(  # noqa: B008
+        ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
+    ),
+    feature: int = typer.Option(..., min=0, help="The latent."),
+    strength: float = typer.Option(..., help="What it is clamped to, in --unit."),
+    prompt: str = typer.Option(..., help="The text that both continue."),
+    model: str | None = typer.Option(None, help="Hub id or folder. [default: the embedded model]"),
+    layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
+    hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
+    unit: str = typer.Option("max", help="max: times the latent's maximum activation; raw."),
+    tokens: int = typer.Option(64, min=1, help="Tokens to generate."),
+    temperature: float = typer.Option(0.8, min=0.0, help="0: the likeliest token every time."),
+    seed: int = typer.Option(0, help="Of the sampling."),
+    device: str = typer.Option("cpu", help="Torch device."),
+) -> None:
+    """Clamp one latent while the model writes; its error term is kept. Unsteered text beside it."""
+    try:
+        import rich  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        fail_missing(error)
+    from ..quickstart.pipeline import load_subject
+    from ..quickstart.settings import QuickstartError, Settings
+    from ..steer import attach, clamp, describe
+
+    if layer is not None and hook is not None:
+        fail("give --layer or --hook, not both")
+    trained, statistics = _load(sae, device)
+    if layer is None and hook is None:
+        if statistics is None or not statistics.site:
+            fail(f"{sae} does not say where it belongs: give --layer or --hook")
+        hook = statistics.site
+    try:
+        subject = load_subject(
+            Settings(model=model, device=device, seed=seed, layer=layer, hook=hook)
+        )
+        ids = subject.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+        if ids.shape[1] == 0:
+            fail("--prompt is empty")
+        steerer = attach(subject.model, describe(trained, statistics), hook=subject.site)
+        program = [clamp(feature, strength, unit=unit)]
+        with steerer.steer([None, program]):
+            _show(
+                subject,
+                ids,
+                prompt,
+                tokens,
+                temperature,
+                seed,
+                f"latent {feature} at {strength:g} {unit}",
+            )
+    except (QuickstartError, ValueError) as error:
+        fail(str(error))
+
+
+def _load(folder: Path, device: str) -> tuple[TopKSAE, MaxActivations | None]:
+    """The SAE and its statistics, when they are there."""
+    from ..nn import TopKSAE
+    from ..steer.describe import MAX_ACTIVATION, MaxActivations
+
+    try:
+        sae = TopKSAE.from_pretrained(folder, device=device)
+        where = folder / MAX_ACTIVATION
+        return sae, MaxActivations.load(where) if where.is_dir() else None
+    except (OSError, ValueError) as error:
+        fail(str(error))
+
+
+def _show(
+    subject: Any,
+    ids: Any,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    title: str,
+) -> None:
+    """Generates both texts in one batch, shown as they grow where stdout is a terminal."""
+    import torch
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+    from transformers.generation.streamers import BaseStreamer
+
+    console = Console()
+
+    def table(rows: list[list[int]]) -> Table:
+        made = Table(expand=True)
+        for name, row in zip(("before", title), rows):
+            text = Text(prompt, style="dim")
+            text.append(subject.tokenizer.decode(row), style="default")
+            made.add_column(name, ratio=1)
+            cells.append(text)
+        made.add_row(*cells[-2:])
+        return made
+
+    cells: list[Text] = []
+    rows: list[list[int]] = [[], []]
+
+    class Both(BaseStreamer):  # type: ignore[misc]
+        """Called with the prompts first, then with one token for each sequence."""
+
+        started = False
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.started:
+                for row, token in zip(rows, value.tolist()):
+                    row.append(token)
+                live.update(table(rows))
+            self.started = True
+
+        def end(self) -> None:
+            return None
+
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": 0.95}
+    both = ids.repeat(2, 1)
+    with Live(table(rows), console=console, refresh_per_second=8) as live, torch.no_grad():
+        subject.model.generate(
+            both, attention_mask=torch.ones_like(both), max_new_tokens=tokens, streamer=Both(),
+            pad_token_id=subject.tokenizer.pad_token_id or subject.tokenizer.eos_token_id or 0,
+            **options,
+        )  # fmt: skip
