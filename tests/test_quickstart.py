@@ -22,6 +22,7 @@ from fastsae.quickstart.charts import Series, line_chart, ticks
 from fastsae.quickstart.page import chip, flow, render
 from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
 from fastsae.quickstart.settings import EMBEDDED_MODEL, QuickstartError, Settings
+from fastsae.steer import MaxActivations
 
 NEEDED = {
     "tokens", "tokens_per_s", "speedup_vs_torch", "fvu", "l0", "dead_fraction", "ce_clean",
@@ -163,6 +164,7 @@ class _Result:
 
         self.settings = Settings(out=out)
         self.training = SimpleNamespace(sae=TopKSAE(4, 8, 2))
+        self.max_activation = MaxActivations(torch.ones(8), 1, "nothing")
         self.report = lambda: report
 
 
