@@ -59,7 +59,7 @@ def bench(
         ops=_chosen("--ops", ops, list(CASES)),
         backends=_chosen("--backends", backends, [*_dispatch.BACKENDS, run.AUTO], none=True),
         rounds=5 if quick else 15,
-        seconds=2.0 if quick else 8.0,
+        seconds=2.0 if quick else 5.0,
     )
     texts = _split(shapes) or [QUICK_SHAPE if quick else GPU_SHAPE if cuda else CPU_SHAPE]
     ks = [_whole("--k", t) for t in _split(k)] or [16 if quick else 64 if cuda else 32]
@@ -73,8 +73,12 @@ def bench(
         if size.k > size.f:
             fail(f"--k {size.k} is more than the {size.f} latents of {size}")
     typer.echo(header(device))
-    rows = list(_progress(run.sweep(sizes, plan)))
-    typer.echo(run.table(rows))
+    width = max(len(str(size)) for size in sizes)
+    typer.echo(run.aligned(run.COLUMNS, width))
+    rows = []
+    for row in run.sweep(sizes, plan):
+        rows.append(row)
+        typer.echo(run.aligned(run.cells(row), width))
     limits = run.ceilings(device, sizes[0].dtype, quick)
     typer.echo(
         f"ceilings in this run ({str(sizes[0].dtype).removeprefix('torch.')}): product "
