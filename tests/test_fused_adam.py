@@ -349,6 +349,45 @@ def test_newest_optimizer_owns():
     assert _factors.factors(sae.W_enc) == []
 
 
+def test_ownership_is_asked_in_backward():
+    """An optimizer made or lost between forward and backward: the gradient is not lost with it."""
+    owned, plain = make(), make()
+    x = batches(1)[0]
+    expected = (plain(x) - x).square().mean()
+    expected.backward()
+    opt = FusedAdam(owned.parameters())
+    loss = (owned(x) - x).square().mean()
+    opt.release()
+    loss.backward()
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(owned, name).grad, getattr(plain, name).grad)
+    owned.zero_grad()
+    old = FusedAdam(owned.parameters(), lr=1e-2)
+    loss = (owned(x) - x).square().mean()
+    new = FusedAdam(owned.parameters(), lr=1e-2)
+    loss.backward()
+    assert owned.W_enc.grad is None
+    new.step()
+    project(plain)
+    torch.optim.Adam(plain.parameters(), lr=1e-2).step()
+    plain.normalize_decoder_()
+    close(owned, plain)
+    with pytest.raises(RuntimeError, match="another FusedAdam took"):
+        old.step()
+
+
+def test_a_weight_frozen_before_backward_stays():
+    sae = make()
+    opt = FusedAdam(sae.parameters(), lr=1e-2)
+    x = batches(1)[0]
+    loss = (sae(x) - x).square().mean()
+    sae.W_dec.requires_grad_(False)
+    before = sae.W_dec.clone()
+    loss.backward()
+    opt.step()
+    assert torch.equal(sae.W_dec, before)
+
+
 def test_deepcopied_optimizer_and_module():
     sae = make()
     x = batches(1)[0]

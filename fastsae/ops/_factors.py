@@ -84,16 +84,34 @@ def records(param: torch.Tensor) -> bool:
     )
 
 
-def _wanted(ctx: Any) -> bool:
-    """Whether this backward pass is to reach the weight, the second input of the function.
+def _contribute(
+    ctx: Any, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor | None:
+    """Records a contribution to the weight, the second input of the function.
 
-    Not when only other gradients were asked for, as by `torch.autograd.grad(loss, x)` or
-    `loss.backward(inputs=[x])`: torch would leave the weight's gradient alone as well.
+    Who owns the weight is asked now: when its optimizer is gone since the forward pass, the
+    ordinary gradient is returned.
+
+    Nothing happens when only other gradients were asked for, as by `torch.autograd.grad(loss, x)`
+    or `loss.backward(inputs=[x])`, or when the weight was frozen since: torch would leave its
+    gradient alone as well.
     """
+    node = ctx.next_functions[1][0]
     try:
-        return bool(torch._C._will_engine_execute_node(ctx.next_functions[1][0]))
+        wanted = torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch.autograd.grad asked for the weight itself: refused as unused
-        return False
+        return None
+    if not wanted or not node.variable.requires_grad:
+        return None
+    factor = Factor(flat(values.detach()), flat(indices), flat(rows.detach()))
+    sink = factors(node.variable)
+    if sink is None:
+        grad: torch.Tensor = torch.ops.fastsae.sparse_grad_weight(
+            factor.values, factor.indices, factor.rows, node.variable.shape[0]
+        )
+        return grad
+    sink.append(factor)
+    return None
 
 
 class _RecordEncode(torch.autograd.Function):
@@ -109,17 +127,15 @@ class _RecordEncode(torch.autograd.Function):
         relu: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, indices, x)
-        ctx.sink, ctx.relu = factors(W_enc), relu
+        ctx.relu = relu
         return values.view_as(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         values, indices, x = ctx.saved_tensors
-        if _wanted(ctx):
-            grad_pre = grad * (values > 0) if ctx.relu else grad
-            ctx.sink.append(Factor(flat(grad_pre.detach()), flat(indices), flat(x.detach())))
-        return grad, None, None, None, None
+        grad_pre = grad * (values > 0) if ctx.relu else grad
+        return grad, _contribute(ctx, grad_pre, indices, x), None, None, None
 
 
 class _RecordDecode(torch.autograd.Function):
@@ -134,16 +150,13 @@ class _RecordDecode(torch.autograd.Function):
         indices: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, indices)
-        ctx.sink = factors(W_dec)
         return out.view_as(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         values, indices = ctx.saved_tensors
-        if _wanted(ctx):
-            ctx.sink.append(Factor(flat(values.detach()), flat(indices), flat(grad.detach())))
-        return grad, None, None, None
+        return grad, _contribute(ctx, values, indices, grad), None, None
 
 
 def record_encode(
