@@ -298,7 +298,8 @@ def test_autocast_runs_in_the_dtype_of_the_weights(backend):
         (dict(x=torch.zeros(3, 30, dtype=torch.int32)), TypeError, "x must be float32"),
         (dict(activation="gelu"), ValueError, "activation must be one of"),
         (dict(latents=torch.zeros(3, dtype=torch.long), k=4), ValueError, "M, the number"),
-        (dict(latents=torch.zeros(3)), TypeError, "indices must be int32 or int64"),
+        (dict(latents=torch.zeros(3)), TypeError, "latents must be int32 or int64"),
+        (dict(x=torch.zeros(3, 30).to_sparse()), TypeError, "x must be a dense tensor"),
         (dict(x=torch.zeros(3, 30, device="meta")), ValueError, "on meta"),
     ],
 )  # fmt: skip

@@ -30,6 +30,8 @@ def check_floats(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(
                 f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}")
         if dtype is None:
             first, dtype, device = name, tensor.dtype, tensor.device
         elif tensor.dtype != dtype:
@@ -52,12 +54,15 @@ def check_vector(op: str, name: str, tensor: torch.Tensor | None, size: Any, axi
         raise ValueError(f"{op}: {name} must be [{axis}] = [{size}], got {shape(tensor)}")
 
 
-def check_indices(op: str, indices: torch.Tensor, like: torch.Tensor, name: str) -> None:
+def check_indices(
+    op: str, indices: torch.Tensor, like: torch.Tensor, name: str, own_name: str = "indices"
+) -> None:
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
+        raise TypeError(f"{op}: {own_name} must be int32 or int64, got {indices.dtype}")
     if indices.device != like.device:
         raise ValueError(
-            f"{op}: indices is on {indices.device} and {name} on {like.device}; move them together"
+            f"{op}: {own_name} is on {indices.device} and {name} on {like.device}; "
+            "move them together"
         )
 
 

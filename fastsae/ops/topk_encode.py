@@ -97,7 +97,7 @@ def _check(
     if latents is not None:
         if latents.dim() != 1:
             raise ValueError(f"{_OP}: latents must be [M], got {_common.shape(latents)}")
-        _common.check_indices(_OP, latents, W_enc, "W_enc")
+        _common.check_indices(_OP, latents, W_enc, "W_enc", "latents")
         competing, name = latents.shape[0], "M, the number of latents"
     if not 1 <= k <= competing:
         raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {k}")
