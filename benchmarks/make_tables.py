@@ -254,12 +254,17 @@ def quality() -> str:
             f"{sum(r['dead_fraction'] for r in runs) / len(runs):.2%}",
             f"{sum(r['initial_fvu'] for r in runs) / len(runs):.2f}",
         ])  # fmt: skip
+    dense = (
+        " The dense rows train the same SAE by the same schedule with dense products, autograd and "
+        "torch's Adam: they say what a text allows."
+    )
     return (
         "MiniLM layer-3 activations (D = 384) of two texts, Python's standard library as it is "
         "(code) and the docstrings of it, numpy and torch (prose): 400,000 training tokens, 40,000 "
-        "of other files held out; K = 32, 1500 steps of 2048 tokens. The dense rows train the same "
-        "SAE by the same schedule with dense products, autograd and torch's Adam: they say what a "
-        "text allows, and figures on other text are not comparable.\n\n"
+        "of other files held out; K = 32, 1500 steps of 2048 tokens. Figures on other text are not "
+        "comparable."
+        + (dense if any(plain for _, _, plain in groups) else "")
+        + "\n\n"
         + table(
             [
                 "text",

@@ -75,6 +75,8 @@ class FusedAdam(torch.optim.Optimizer):
     ordinary gradients again. What works on gradients before the optimizer does not see recorded
     factors: `clip_grad_norm_` leaves them as they are, hooks on an owned weight do not run,
     `torch.autograd.grad` refuses it as unused, and a `GradScaler` is refused by `step()`.
+    `zero_grad()` of this optimizer or of a `fastsae.nn` module discards factors; that of a module
+    around it, and `p.grad = None`, do not.
 
     Raises:
         ValueError, TypeError: an option or parameter does not fit.
