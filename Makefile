@@ -27,7 +27,7 @@ quickstart: $(VENV)/.built ## train an SAE on the embedded model, steer with it,
 	$(BIN)/fastsae quickstart $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.lint ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .
