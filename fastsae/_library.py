@@ -97,7 +97,7 @@ def _load_cuda() -> str | None:
 
 
 _REINSTALL = (
-    "`pip install --no-build-isolation --force-reinstall --no-deps fastsae-kernels` "
+    "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder "
     "(with FASTSAE_BUILD=1 a build that fails shows why, with FASTSAE_CUDA=1 also the CUDA one)"
 )
 CPU_MISSING = _load(

@@ -45,6 +45,8 @@ def test_prints_both_texts(folder):
     nothing = run(*options, "--strength", 0, "--temperature", 0)
     cells = [line.split("│")[1:3] for line in nothing.output.splitlines() if "│" in line]
     assert cells and strong.output != nothing.output
+    long = run(*options, "--strength", 2, "--tokens", 1, "--prompt", "a" * 200)
+    assert "…" not in long.output and long.output.count("a") > 400  # folded, nothing cut
     again = run(*options, "--strength", 2, "--seed", 4)
     assert again.output == run(*options, "--strength", 2, "--seed", 4).output
 

@@ -107,7 +107,7 @@ def _show(
         for name, row in zip(("before", title), rows):
             text = Text(prompt, style="dim")
             text.append(subject.tokenizer.decode(row), style="default")
-            made.add_column(name, ratio=1)
+            made.add_column(name, ratio=1, overflow="fold")
             cells.append(text)
         made.add_row(*cells[-2:])
         return made
