@@ -99,6 +99,7 @@ def configurations() -> list[Configuration]:
                     constants,
                     tile.num_warps,
                     tile.num_stages,
+                    tensor_cores=dtype != torch.float32,
                 )
             )
     return result
