@@ -86,7 +86,8 @@ def samples(out: Path, seed: int) -> list[tuple[str, str]]:
     for prompt in PROMPTS:
         torch.manual_seed(seed)
         tokens = tokenizer(END_OF_TEXT + prompt, return_tensors="pt")["input_ids"]
-        new = model.generate(tokens, max_new_tokens=160)[0, tokens.shape[1] :]
+        most = min(160, model.config.n_positions - tokens.shape[1])
+        new = model.generate(tokens, max_new_tokens=most)[0, tokens.shape[1] :]
         texts.append((prompt, tokenizer.decode(new, skip_special_tokens=True)))
     return texts
 

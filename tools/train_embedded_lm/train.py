@@ -36,8 +36,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--vocab", type=int, default=4096)
     p.add_argument("--context", type=int, default=256)
     p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=4)
+    p.add_argument("--width", type=int, default=256, help="a multiple of 64, one head each")
     p.add_argument("--batch", type=int, default=16, help="windows a step")
     p.add_argument("--library-share", type=float, default=0.5, help="windows not from tests")
     p.add_argument("--lr-muon", type=float, default=0.02)
@@ -124,7 +123,7 @@ def main() -> None:
     probe = encode(tokenizer, probe_texts)
     probe_bytes = sum(len(t.encode()) for t in probe_texts)
 
-    model = GPT2(args.vocab, args.context, args.layers, args.width, args.heads)
+    model = GPT2(args.vocab, args.context, args.layers, args.width, args.width // 64)
     named = dict(model.named_parameters())
     hidden = {n for n, p in named.items() if p.ndim == 2 and n.startswith("h.")}
     muon = Muon([(named[n], 3 if "c_attn" in n else 1) for n in sorted(hidden)])
