@@ -10,6 +10,8 @@ import typer
 from . import fail, fail_missing
 
 if TYPE_CHECKING:
+    import torch
+
     from ..nn import TopKSAE
     from ..steer import MaxActivations
 
@@ -51,7 +53,7 @@ def steer(
         subject = load_subject(
             Settings(model=model, device=device, seed=seed, layer=layer, hook=hook)
         )
-        ids = subject.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+        ids = _encoded(subject.tokenizer, prompt).to(device)
         if ids.shape[1] == 0:
             fail("--prompt is empty")
         steerer = attach(subject.model, describe(trained, statistics), hook=subject.site)
@@ -83,6 +85,15 @@ def _load(folder: Path, device: str) -> tuple[TopKSAE, MaxActivations | None]:
         fail(str(error))
 
 
+def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """[1, T] with the model's BOS in front, when it has one."""
+    import torch
+
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    first = tokenizer.bos_token_id
+    return torch.tensor([ids if first is None or not ids else [first, *ids]])
+
+
 def _show(
     subject: Any,
     ids: Any,
@@ -106,7 +117,7 @@ def _show(
         made = Table(expand=True)
         for name, row in zip(("before", title), rows):
             text = Text(prompt, style="dim")
-            text.append(subject.tokenizer.decode(row), style="default")
+            text.append(subject.tokenizer.decode(row, skip_special_tokens=True), style="default")
             made.add_column(name, ratio=1, overflow="fold")
             cells.append(text)
         made.add_row(*cells[-2:])
@@ -137,7 +148,8 @@ def _show(
     both = ids.repeat(2, 1)
     with Live(table(rows), console=console, refresh_per_second=8) as live, torch.no_grad():
         subject.model.generate(
-            both, attention_mask=torch.ones_like(both), max_new_tokens=tokens, streamer=Both(),
+            both, attention_mask=torch.ones_like(both), streamer=Both(),
+            max_new_tokens=tokens, min_new_tokens=tokens,
             pad_token_id=subject.tokenizer.pad_token_id or subject.tokenizer.eos_token_id or 0,
             **options,
         )  # fmt: skip
