@@ -12,7 +12,7 @@ from fastsae import _dispatch, reference
 from fastsae.bench import checks, run
 from fastsae.bench.cases import CASES, Inputs, Size, product
 from fastsae.bench.inputs import normal, random_pairs, unit_rows
-from fastsae.bench.timing import WallClock, WrongError
+from fastsae.bench.timing import Contender, WallClock, WrongError, measure
 
 typer_testing = pytest.importorskip("typer.testing")
 SMALL = ["--shapes", "24x16x256", "--k", "4", "--quick"]
@@ -27,6 +27,15 @@ def bench(*arguments: str):
 
 def test_every_registered_op_has_a_case():
     assert set(CASES) == set(_dispatch.OPS), "add the new op to fastsae/bench/cases.py"
+
+
+def test_every_timed_call_takes_the_next_set_of_inputs():
+    taken: list[tuple[str, int]] = []
+    contenders = [Contender(name, lambda i, n=name: taken.append((n, i))) for name in "ab"]
+    measure(contenders, rounds=3, seconds=10.0, warmup=0)
+    timed = taken[2:]  # after one verifying call each
+    assert len(timed) >= 6 and [n for n, _ in timed] == ["a", "b"] * (len(timed) // 2)
+    assert [i for _, i in timed] == list(range(1, len(timed) + 1))
 
 
 def test_json_holds_every_op_on_every_usable_backend(tmp_path):

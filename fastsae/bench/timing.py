@@ -2,18 +2,21 @@
 
 A round runs every contender once (A B C A B C ...), so that a disturbance of the machine hits all
 of them; a reported ratio is the median over the rounds of the ratio within a round (the ratio of
-the medians where too few rounds are shared).
+the medians where too few rounds are shared). Every call takes the next set of the rotated inputs:
+with one set for a whole round, the first contender would load it for those after it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,7 @@ def measure(
             with product_library(contender.library):
                 contender.run(i)
     others: dict[int, float] = {}  # round -> share of the CPUs that other processes took
+    turn = itertools.count(1)  # of the rotated inputs
     begin = time.perf_counter()
     for r in range(4 * rounds):
         elapsed = time.perf_counter() - begin
@@ -196,7 +200,7 @@ def measure(
             if r % contender.every:
                 continue
             with product_library(contender.library):
-                m.times[r] = clock.seconds(lambda run=contender.run, r=r: run(r))  # type: ignore[misc]
+                m.times[r] = clock.seconds(partial(contender.run, next(turn)))
         busy_after, own_after = clock.used()
         wall = (time.perf_counter() - round_begin) * (os.cpu_count() or 1)
         others[r] = max(0.0, (busy_after - busy) - (own_after - own)) / wall
