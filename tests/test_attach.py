@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import generator, randn
+from small_models import FAMILIES, D, V, tiny
 
 import fastsae
 from fastsae.steer import (
@@ -22,38 +23,9 @@ from fastsae.steer import (
 )
 from fastsae.train.activations import edited, find_site
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-V, D, F, LAYER = 60, 16, 40, 1
-FAMILIES = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": D, "n_layer": 3, "n_head": 2}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", {"head_dim": 8}),
-    "qwen": ("Qwen2ForCausalLM", "Qwen2Config", {}),
-    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
-}
-COMMON = {
-    "hidden_size": D,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-}
-
-
-def tiny(family: str) -> torch.nn.Module:
-    name, config, own = FAMILIES[family]
-    sizes = own if family == "gpt2" else {**COMMON, **own}
-    torch.manual_seed(0)
-    made = getattr(transformers, config)(
-        vocab_size=V, bos_token_id=0, eos_token_id=None, pad_token_id=1, **sizes
-    )
-    model = getattr(transformers, name)(made).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # larger than usual, so that greedy text is not constant
-            if p.dim() > 1:
-                p.mul_(6)
-    return model
+F, LAYER = 40, 1
 
 
 @pytest.fixture(params=list(FAMILIES))

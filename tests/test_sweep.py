@@ -11,7 +11,6 @@ from fastsae.steer import add_vector, attach
 from fastsae.steer.sweep import (
     Point,
     Sampling,
-    difference_of_means,
     distinct_bigrams,
     net_effect,
     sample,
@@ -54,7 +53,3 @@ def test_measures() -> None:
     assert net_effect(steered, base, loss_scale=4.0) == pytest.approx(0.1 - 0.25 - 0.5)
     too_far = Point("clamp", 2, 0.9, 0.8, 3.0)  # gains count up to a quarter of all tokens
     assert net_effect(too_far, base, loss_scale=4.0) == pytest.approx(0.15)
-    x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
-    assert difference_of_means(x, torch.tensor([False, True])).tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="no token"):
-        difference_of_means(x, torch.tensor([False, False]))

@@ -14,12 +14,12 @@ from ..steer.sweep import (
     Point,
     Sampling,
     damage,
-    difference_of_means,
     distinct_bigrams,
     net_effect,
     sample,
     token_share,
 )
+from ..steer.vectors import difference_of_means
 from ..train.activations import Store, Windows
 from ..train.evaluate import SpliceLoss, cross_entropy
 from .settings import Settings
@@ -190,7 +190,8 @@ def _steer(
         own = own_tokens(found, latent)
         base = base_of(own)
         unit = float(found.stats.max[latent])
-        vector = difference_of_means(store.activations, _leads(store, own))
+        vector = difference_of_means(store.activations[_leads(store, own)], store.activations)
+        vector /= vector.norm()
 
         swept: list[Point] = []
         texts: dict[tuple[str, float], torch.Tensor] = {}

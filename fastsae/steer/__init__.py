@@ -17,8 +17,16 @@ from .operations import (
     project_out,
     scale,
 )
+from .vectors import (
+    Everywhere,
+    ablate_direction,
+    attach_everywhere,
+    difference_of_means,
+    prompt_activations,
+)
 
 __all__ = [
+    "Everywhere",
     "Gate",
     "MaxActivations",
     "Operation",
@@ -26,15 +34,19 @@ __all__ = [
     "SAEDescription",
     "Steerer",
     "ablate",
+    "ablate_direction",
     "active",
     "add",
     "add_vector",
     "attach",
+    "attach_everywhere",
     "clamp",
     "describe",
+    "difference_of_means",
     "min_clamp",
     "positions",
     "project_clamp",
     "project_out",
+    "prompt_activations",
     "scale",
 ]

@@ -19,7 +19,8 @@ from .operations import MAX_UNIT, Gate, Operation, Program
 from .positions import Positions, past_length, prompt_and_generated, token_mask
 
 _BIAS, _THETA, _GAIN, _OFFSET, _VALUE, _TAU = range(6)
-_taken: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# module -> which of its sides are attached: its inputs (True), its output (False)
+_taken: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -28,6 +29,7 @@ def attach(
     *,
     layer: int | None = None,
     hook: str | None = None,
+    inputs: bool = False,
     max_slots: int = 64,
     max_ops: int = 32,
     max_batch: int = 1024,
@@ -40,6 +42,7 @@ def attach(
         sae: what `describe` takes, or None: then only operations on directions are possible.
         layer: the residual stream after this block, counted from 0.
         hook: path of any module instead, whose output is edited.
+        inputs: edit the activation that the module is given, not its output.
         max_slots: how many different programs one call may use.
         max_ops: entries of a program (a gate on a latent that the program does not read is one).
         max_batch: sequences of one call.
@@ -48,9 +51,9 @@ def attach(
         ValueError: no such site, or it is attached already (`detach` the other first).
     """
     name, module = find_site(model, layer, hook)
-    if module in _taken:
+    if inputs in _taken.get(module, ()):
         raise ValueError(f"attach: {name} is attached already; detach() that steerer first")
-    return Steerer(model, None if sae is None else describe(sae), name, module,
+    return Steerer(model, None if sae is None else describe(sae), name, module, inputs,
                    max_slots, max_ops, max_batch)  # fmt: skip
 
 
@@ -68,6 +71,7 @@ class Steerer:
         sae: SAEDescription | None,
         name: str,
         module: nn.Module,
+        inputs: bool,
         max_slots: int,
         max_ops: int,
         max_batch: int,
@@ -99,19 +103,22 @@ class Steerer:
         self._positions = prompt_and_generated()
         self._prompt_length: int | None = None
         self._mask: torch.Tensor | None = None
-        self._module = module
-        _taken[module] = name
+        self._module, self._inputs = module, inputs
+        _taken.setdefault(module, set()).add(inputs)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after),
+            module.register_forward_pre_hook(self._on_inputs, with_kwargs=True)
+            if inputs
+            else module.register_forward_hook(self._after),
         ]
 
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
         for handle in self._handles:
             handle.remove()
+            # a second detach must not free a site that another steerer has taken since
+            _taken.get(self._module, set()).discard(self._inputs)
         self._handles = []
-        _taken.pop(self._module, None)
 
     # -- programs ---------------------------------------------------------------------------------
 
@@ -313,6 +320,13 @@ class Steerer:
         x = output_of(output)
         new = self._edit(x)
         return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _on_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._sequences:
+            return None
+        if args:
+            return (self._edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
         programs, shape, mask = self._sequences, x.shape, self._mask

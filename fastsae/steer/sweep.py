@@ -97,15 +97,3 @@ def net_effect(point: Point, base: Point, loss_scale: float) -> float:
     """Gain in the share of the feature's own tokens, up to `ENOUGH`, minus the damage."""
     gain = min(point.share, max(ENOUGH, base.share)) - base.share
     return gain - damage(point, base, loss_scale)
-
-
-def difference_of_means(activations: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Unit vector from the mean of all activations [N, D] to the mean of those in `positive` [N].
-
-    Raises:
-        ValueError: nothing is positive.
-    """
-    if not bool(positive.any()):
-        raise ValueError("difference_of_means: no token of the text is positive")
-    vector = activations[positive].mean(0) - activations.mean(0)
-    return vector / vector.norm()

@@ -1,0 +1,38 @@
+"""Small random-weight models of the families that steering is tested on."""
+
+from __future__ import annotations
+
+import torch
+
+V, D = 60, 16
+FAMILIES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": D, "n_layer": 3, "n_head": 2}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {"head_dim": 8}),
+    "qwen": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
+}
+COMMON = {
+    "hidden_size": D,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def tiny(family: str) -> torch.nn.Module:
+    name, config, own = FAMILIES[family]
+    sizes = own if family == "gpt2" else {**COMMON, **own}
+    import transformers
+
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(
+        vocab_size=V, bos_token_id=0, eos_token_id=None, pad_token_id=1, **sizes
+    )
+    model = getattr(transformers, name)(made).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # larger than usual, so that greedy text is not constant
+            if p.dim() > 1:
+                p.mul_(6)
+    return model
