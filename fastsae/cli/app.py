@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .compare import compare_steering
 from .info import info
 from .quickstart import quickstart
 from .steer import steer
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(quickstart)
 app.command()(steer)
+app.command("compare-steering")(compare_steering)
 app.command()(info)
 app.command()(bench)
 

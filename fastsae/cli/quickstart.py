@@ -50,7 +50,7 @@ def quickstart(
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )  # fmt: skip
     try:
-        with _progress() as progress:
+        with progress_bars() as progress:
             result = run(settings, progress)
         page = write(result)
     except QuickstartError as error:
@@ -59,7 +59,7 @@ def quickstart(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int], Any]]:
+def progress_bars() -> Iterator[Callable[[str, int], Any]]:
     """Gives `progress(title, total)`: a context manager whose value advances the bar.
 
     Where stderr is no terminal, one line per finished step takes the place of the bars.

@@ -38,22 +38,19 @@ def steer(
         import transformers  # noqa: F401
     except ImportError as error:
         fail_missing(error)
+    import torch
+
     from ..quickstart.pipeline import load_subject
     from ..quickstart.settings import QuickstartError, Settings
     from ..steer import attach, clamp, describe
+    from ..steer.vectors import encoded
 
-    if layer is not None and hook is not None:
-        fail("give --layer or --hook, not both")
-    trained, statistics = _load(sae, device)
-    if layer is None and hook is None:
-        if statistics is None or not statistics.site:
-            fail(f"{sae} does not say where it belongs: give --layer or --hook")
-        hook = statistics.site
+    trained, statistics, hook = load_sae(sae, device, layer, hook)
     try:
         subject = load_subject(
             Settings(model=model, device=device, seed=seed, layer=layer, hook=hook)
         )
-        ids = _encoded(subject.tokenizer, prompt).to(device)
+        ids = torch.tensor([encoded(subject.tokenizer, prompt)], device=device)
         if ids.shape[1] == 0:
             fail("--prompt is empty")
         steerer = attach(subject.model, describe(trained, statistics), hook=subject.site)
@@ -72,26 +69,26 @@ def steer(
         fail(str(error))
 
 
-def _load(folder: Path, device: str) -> tuple[TopKSAE, MaxActivations | None]:
-    """The SAE and its statistics, when they are there."""
+def load_sae(
+    folder: Path, device: str, layer: int | None, hook: str | None
+) -> tuple[TopKSAE, MaxActivations | None, str | None]:
+    """The SAE, its statistics when they are there, and the hook: theirs when no site is given."""
     from ..nn import TopKSAE
     from ..steer.describe import MAX_ACTIVATION, MaxActivations
 
+    if layer is not None and hook is not None:
+        fail("give --layer or --hook, not both")
     try:
         sae = TopKSAE.from_pretrained(folder, device=device)
         where = folder / MAX_ACTIVATION
-        return sae, MaxActivations.load(where) if where.is_dir() else None
+        statistics = MaxActivations.load(where) if where.is_dir() else None
     except (OSError, ValueError) as error:
         fail(str(error))
-
-
-def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """[1, T] with the model's BOS in front, when it has one."""
-    import torch
-
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    first = tokenizer.bos_token_id
-    return torch.tensor([ids if first is None or not ids else [first, *ids]])
+    if layer is None and hook is None:
+        if statistics is None or not statistics.site:
+            fail(f"{folder} does not say where it belongs: give --layer or --hook")
+        hook = statistics.site
+    return sae, statistics, hook
 
 
 def _show(

@@ -38,6 +38,11 @@ class TokenText:
         return self._decode([*self._anchor, *tokens])[len(self._prefix) :]
 
 
+def is_word(text: str) -> bool:
+    """Three letters or a digit: enough for a reader to see what it is."""
+    return sum(c.isalpha() for c in text) >= 3 or any(c.isdigit() for c in text)
+
+
 class TokenMass:
     """For every latent, the activation that falls on each token id: a sparse [F, V] sum.
 
@@ -77,6 +82,21 @@ class TokenMass:
         tokens, mass = keys[low:high] - latent * self.shape[1], mass[low:high]
         order = torch.argsort(mass, descending=True, stable=True)
         return tokens[order], (mass / mass.sum().clamp(min=1e-300))[order]
+
+
+def own_tokens(
+    fires_on: tuple[torch.Tensor, torch.Tensor], promoted: torch.Tensor, words: torch.Tensor
+) -> torch.Tensor:
+    """Words of a latent: where most of its activation falls, and what its decoder promotes.
+
+    Args:
+        fires_on: of `TokenMass.of`.
+        promoted: token ids, strongest first.
+        words: [V] bool, tokens that say something alone.
+    """
+    tokens, share = fires_on
+    own = torch.cat([tokens[:6][share[:6] >= 0.05], promoted[:10]]).unique()
+    return own[words[own]]
 
 
 def final_norm_of(model: nn.Module) -> nn.Module | None:

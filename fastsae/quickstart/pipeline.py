@@ -18,7 +18,7 @@ from torch import nn
 
 from ..features.cards import Card, choose_latents, make_card, score_latents
 from ..features.stats import FeatureStats
-from ..features.tokens import TokenMass, TokenText, logit_effect
+from ..features.tokens import TokenMass, TokenText, is_word, logit_effect
 from ..nn import TopKSAE
 from ..nn._files import write_text_atomic
 from ..optim import FusedAdam
@@ -427,7 +427,7 @@ def study_latents(
     text = TokenText(subject.tokenizer)
     words = torch.zeros(vocabulary, dtype=torch.bool)
     for token in counts.nonzero().flatten().tolist():
-        words[token] = _is_word(text[token])
+        words[token] = is_word(text[token])
     min_count = max(3, min(100, stats.n_tokens // 2500))
     scores = score_latents(stats, fires, follows, effect, counts, words, min_count=min_count)
     many = 2 * max(settings.cards, settings.candidates)
@@ -442,11 +442,6 @@ def study_latents(
     return Found(
         stats, fires, follows, scores.promoted, words, cards, worded[: settings.candidates], card
     )
-
-
-def _is_word(text: str) -> bool:
-    """Three letters or a digit: enough for a reader to see what it is."""
-    return sum(c.isalpha() for c in text) >= 3 or any(c.isdigit() for c in text)
 
 
 # -- what is written ------------------------------------------------------------------------------

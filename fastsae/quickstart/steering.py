@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..features.tokens import TokenText
+from ..features.tokens import TokenText, own_tokens
 from ..nn import TopKSAE
 from ..steer import Steerer, add_vector, attach, clamp
+from ..steer.concept import leads
 from ..steer.sweep import (
     Point,
     Sampling,
@@ -119,12 +120,8 @@ class Steering:
         }
 
 
-def own_tokens(found: Found, latent: int, *, fires: int = 6, promotes: int = 10) -> torch.Tensor:
-    """Words of a latent: where most of its activation falls, and what its decoder promotes."""
-    tokens, share = found.fires.of(latent)
-    promoted = found.promoted[latent, :promotes]
-    own = torch.cat([tokens[:fires][share[:fires] >= 0.05], promoted]).unique()
-    return own[found.words[own]]
+def words_of(found: Found, latent: int) -> torch.Tensor:
+    return own_tokens(found.fires.of(latent), found.promoted[latent], found.words)
 
 
 def steer(
@@ -187,10 +184,10 @@ def _steer(
             base_of, loss_scale, advance,
         )  # fmt: skip
         latent = screened[0].feature
-        own = own_tokens(found, latent)
+        own = words_of(found, latent)
         base = base_of(own)
         unit = float(found.stats.max[latent])
-        vector = difference_of_means(store.activations[_leads(store, own)], store.activations)
+        vector = difference_of_means(store.activations[leads(store, own)], store.activations)
         vector /= vector.norm()
 
         swept: list[Point] = []
@@ -260,7 +257,7 @@ def _screen(
         advance(1)
         clean = None
         for i, latent in enumerate(candidates.tolist()):
-            own = own_tokens(found, latent)
+            own = words_of(found, latent)
             base = base_of(own)
             if clean is None:
                 clean = cross_entropy(model, few)
@@ -276,14 +273,6 @@ def _screen(
                     latent, strength, base.share, point.share, damage(point, base, loss_scale), net
                 )
     return sorted(best.values(), key=lambda one: (-one.net, one.feature))
-
-
-def _leads(store: Store, own: torch.Tensor) -> torch.Tensor:
-    """For every row of the store, whether the next token is among `own`."""
-    tokens = store.windows.tokens[:, store.skip_first :]
-    following = torch.zeros_like(tokens, dtype=torch.bool)
-    following[:, :-1] = torch.isin(tokens[:, 1:], own)
-    return following.reshape(-1)
 
 
 def _texts(

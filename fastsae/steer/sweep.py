@@ -26,10 +26,12 @@ def sample(
     prompts: torch.Tensor,
     settings: Sampling,
     context: AbstractContextManager[Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Continues `prompts` [B, T] inside `context`; returns the new tokens [B, new_tokens].
 
-    The same seed draws the same random numbers whatever the context is.
+    The same seed draws the same random numbers whatever the context is. `attention_mask` [B, T] is
+    0 where a shorter prompt is padded on the left.
     """
     device = next(model.parameters()).device
     prompts = prompts.to(device)
@@ -37,7 +39,9 @@ def sample(
     with context or nullcontext():
         out = model.generate(
             input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
+            attention_mask=torch.ones_like(prompts)
+            if attention_mask is None
+            else attention_mask.to(device),
             do_sample=True,
             temperature=settings.temperature,
             top_p=settings.top_p,

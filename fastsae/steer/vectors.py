@@ -56,9 +56,7 @@ def prompt_activations(
         ValueError: no prompts, an empty one, or no such site.
     """
     if position not in ("last", "mean"):
-        raise ValueError(
-            f"prompt_activations: position must be 'last' or 'mean', got {position!r}"
-        )
+        raise ValueError(f"prompt_activations: position must be 'last' or 'mean', got {position!r}")
     module = find_site(model, layer, hook)[1]
     device = next(model.parameters()).device
     rows = [encoded(tokenizer, text) for text in prompts]
@@ -122,9 +120,7 @@ class Everywhere:
         """`Steerer.steer` at every site."""
         with ExitStack() as stack:
             for steerer in self.steerers:
-                stack.enter_context(
-                    steerer.steer(programs, positions, prompt_length=prompt_length)
-                )
+                stack.enter_context(steerer.steer(programs, positions, prompt_length=prompt_length))
             yield self
 
     def detach(self) -> None:
