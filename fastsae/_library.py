@@ -23,6 +23,11 @@ PUBLIC_SCHEMAS = {
         "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str activation='relu', "
         "Tensor? rank_scale=None, Tensor? latents=None) -> (Tensor values, Tensor indices)"
     ),
+    "topk_member": (
+        "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor latents, SymInt k, "
+        "Tensor? rank_scale=None, bool positive=False, Tensor? codes=None, Tensor? bounds=None) "
+        "-> Tensor"
+    ),
     "sparse_decode": (
         "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None) -> Tensor"
     ),
@@ -50,6 +55,10 @@ PRIVATE_SCHEMAS = {
     "topk_encode": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, int k, bool relu, Tensor? rank_scale) "
         "-> (Tensor, Tensor)"
+    ),
+    "topk_member": (
+        "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor latents, int k, Tensor? rank_scale, "
+        "bool positive, Tensor? codes, Tensor? bounds) -> Tensor"
     ),
     "sparse_decode": "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor",
     "sparse_grad_values": "(Tensor grad_out, Tensor indices, Tensor W_dec) -> Tensor",

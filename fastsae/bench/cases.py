@@ -136,6 +136,18 @@ def topk_encode(size: Size, given: Inputs) -> Case:
     )
 
 
+def topk_member(size: Size, given: Inputs) -> Case:
+    """One latent of every token, its middle one: nothing is settled before the last latent."""
+    x, w, b, k = given.x, given.w, given.b, size.k
+    middle = [ops.topk_encode(x[0], rows, b, k)[1][:, k // 2 : k // 2 + 1] for rows in w]
+    return Case(
+        lambda i: ops.topk_member(x[0], turn(w, i), b, turn(middle, i), k),
+        checks.members(x[0], w[0], b, middle[0], k, SAMPLE),
+        2.0 * size.n * size.d * size.f,
+        (size.n + size.f) * size.d * size.item + size.f * size.item + 5 * size.n,
+    )
+
+
 def topk(size: Size, given: Inputs) -> Case:
     scores, k = given.scores, size.k
     return Case(
@@ -240,6 +252,7 @@ def steer(size: Size, given: Inputs) -> Case:
 CASES: dict[str, Callable[[Size, Inputs], Case]] = {
     "topk_encode": topk_encode,
     "topk": topk,
+    "topk_member": topk_member,
     "sparse_decode": sparse_decode,
     "sparse_grad_values": sparse_grad_values,
     "sparse_grad_weight": sparse_grad_weight,

@@ -108,6 +108,33 @@ def selection(
     return check
 
 
+def members(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    most: int = 64,
+) -> Check:
+    """A check of topk_member's [N, J]; at the k-th best, to rounding, either is right."""
+    n, j = latents.shape
+    picked = sample(n, most).to(x.device)
+
+    def check(got: Any) -> str:
+        rows, wanted = x[picked].double(), latents[picked].long()
+        kth = fp64_top(x[picked], w, b, k)[1][:, None]
+        pre = torch.einsum("nd,njd->nj", rows, w[wanted].double())
+        if b is not None:
+            pre += b[wanted].double()
+        slack = 64 * torch.finfo(torch.float32).eps * pre.abs().amax(1, keepdim=True).clamp(min=1)
+        wrong = (_shaped(got, n, j)[picked] != (pre >= kth)) & ((pre - kth).abs() > slack)
+        if wrong.any():
+            raise WrongError(f"{int(wrong.sum())} of {wrong.numel()} memberships are wrong")
+        return f"{len(picked)} of {n} rows" if len(picked) < n else f"{n} rows exact"
+
+    return check
+
+
 def largest(x: torch.Tensor, k: int, most: int = 32) -> Check:
     """A check of topk's (values, indices); whether ties come in the canonical order is noted."""
     picked = sample(len(x), most).to(x.device)

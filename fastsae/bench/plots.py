@@ -16,6 +16,7 @@ EAGER_LINE = ("topk_encode", "eager", "#9a9a9a", "--", "s")
 COLOURS = {
     "topk_encode": "#d1495b",
     "topk": "#8d5a97",
+    "topk_member": "#b56576",
     "sparse_decode": "#2e86ab",
     "sparse_grad_values": "#3bb273",
     "sparse_grad_weight": "#e1a730",
@@ -23,6 +24,7 @@ COLOURS = {
     "sparse_adam_step": "#1b4965",
     "steer": "#5f7a61",
 }
+NOT_SCALED = ("topk", "topk_member", "sparse_grad_weight_rows", "steer")
 MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "reference": "x", "eager": "s", "torch": "^"}
 
 
@@ -37,7 +39,7 @@ def ladders(size: Size, quick: bool) -> dict[str, list[Size]]:
 
 def plan_of(plan: Plan) -> Plan:
     """The plan of the scaling runs: the backend that a call takes, fewer rounds."""
-    ops = [op for op in plan.ops if op not in ("topk", "sparse_grad_weight_rows", "steer")]
+    ops = [op for op in plan.ops if op not in NOT_SCALED]
     return replace(
         plan, ops=ops or plan.ops, backends=(AUTO,), rounds=min(plan.rounds, 7),
         seconds=plan.seconds / 2,

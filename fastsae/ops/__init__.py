@@ -7,6 +7,7 @@ from .sparse_grad_weight import sparse_grad_weight
 from .steer import steer, steer_
 from .topk import topk
 from .topk_encode import topk_encode
+from .topk_member import topk_member, topk_screen
 
 __all__ = [
     "sparse_adam_step",
@@ -17,4 +18,6 @@ __all__ = [
     "steer_",
     "topk",
     "topk_encode",
+    "topk_member",
+    "topk_screen",
 ]

@@ -11,6 +11,7 @@ from .sparse_grad_weight import sparse_grad_weight, sparse_grad_weight_rows
 from .steer import steer
 from .topk import topk
 from .topk_encode import topk_encode
+from .topk_member import topk_member
 
 __all__ = [
     "sparse_adam_step",
@@ -21,4 +22,5 @@ __all__ = [
     "steer",
     "topk",
     "topk_encode",
+    "topk_member",
 ]

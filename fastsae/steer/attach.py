@@ -62,7 +62,8 @@ class Steerer:
 
     Entering `steer(...)` copies programs into buffers of fixed address and leaving it, also by an
     exception, clears them: nothing is allocated and nothing waits for the device while the model
-    runs, apart from exact TopK membership, which encodes the site's tokens.
+    runs, apart from exact TopK membership (`ops.topk_member`), for which int8 codes of W_enc are
+    kept on a CPU.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Steerer:
         self._current = self._slots[:0]
         self._longest = 1  # entries of the longest program in force
         self._selects = False  # does an entry ask for membership among the k?
+        self._screen: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._positions = prompt_and_generated()
         self._prompt_length: int | None = None
         self._mask: torch.Tensor | None = None
@@ -375,14 +377,23 @@ class Steerer:
             u = u * sae.input_scale
         if sae.subtract_b_dec:
             u = u - sae.b_dec
-        chosen = ops.topk_encode(
-            u, sae.W_enc, sae.b_enc, sae.k, activation="identity", rank_scale=sae.rank_scale
-        )[1]
+        wanted = latents[:, : self._longest].view(len(latents), *[1] * (x.dim() - 2), -1)
         member = torch.zeros(*x.shape[:-1], latents.shape[1], dtype=torch.bool, device=x.device)
-        for o in range(self._longest):
-            wanted = latents[:, o].view(-1, *[1] * (x.dim() - 1))
-            member[..., o] = (chosen == wanted).any(-1)
+        member[..., : self._longest] = ops.topk_member(
+            u, sae.W_enc, sae.b_enc, wanted.expand(*x.shape[:-1], -1), sae.k,
+            rank_scale=sae.rank_scale, positive=not sae.identity, screen=self._screened(),
+        )  # fmt: skip
         return member
+
+    def _screened(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The screen of W_enc where it is used, made again when W_enc was written to."""
+        assert self.sae is not None
+        W_enc = self.sae.W_enc
+        if W_enc.device.type != "cpu" or W_enc.dtype == torch.float64:
+            return None
+        if self._screen is None or self._screen[0] != W_enc._version:
+            self._screen = W_enc._version, ops.topk_screen(W_enc)
+        return self._screen[1]
 
 
 class _Entry:

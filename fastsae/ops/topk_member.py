@@ -1,0 +1,213 @@
+"""topk_member: is a latent among the k that topk_encode selects? Without selecting."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _dispatch
+from ..reference.topk_member import check_latents
+from . import _common
+from .topk_encode import topk_encode
+
+_OP = "topk_member"
+
+# Up to so many tokens, counting who beats a latent is faster than selecting the k best of all.
+# CPU: benchmarks/bench_topk_member.py. GPU: unverified, a guess.
+_COUNTS = {"cpu": 24, "cuda": 16}
+_SCREEN_ROWS = 4096  # quantised at a time, in fp64
+
+
+def topk_member(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    positive: bool = False,
+    screen: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    r"""Membership of single latents among a token's k best.
+
+    .. math:: member_{nj} = |\{i : s_{ni} \succ s_{n, latents_{nj}}\}| < k, \quad
+        s_n = rank\_scale \odot (W_{enc} x_n + b_{enc})
+
+    in the canonical order of `topk_encode` (value descending, ties by lowest index, NaN first).
+    Few tokens are answered by counting, which stops at k, so that most latents that are not
+    selected cost a part of one pass over W_enc; many tokens by `topk_encode`. [N, F] is never
+    allocated, nothing is sorted.
+
+    Args:
+        x: [..., D]; W_enc: [F, D]; b_enc: [F] or None; rank_scale: [F] or None: as in
+            `topk_encode`. fp32, bf16, fp16 (fp64 on the CPU).
+        latents: [..., J] int32 or int64 in [-1, F); -1 is no latent, and no member.
+        k: 1 <= k <= F.
+        positive: a latent whose pre-activation is <= 0 counts as no member (its activation after
+            ReLU is 0 either way). That settles it from its own row.
+        screen: `topk_screen(W_enc)`, of this very W_enc: the C++ kernels then read a quarter of the
+            bytes of fp32 weights, with the same result. Other backends do not look at it.
+
+    Returns:
+        [..., J] bool. Exact up to the rounding of fp32 scores (fp64 for fp64): where two scores are
+        closer than that, `topk_encode` may choose the other. No gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+        RuntimeError: a latent out of range (found on the CPU; on a GPU it is no member).
+
+    Source: the counting form of TopK membership; the activation is Gao et al. 2024's.
+    """
+    codes, bounds = (None, None) if screen is None else screen
+    out: torch.Tensor = torch.ops.fastsae.topk_member(
+        x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
+    )
+    return out
+
+
+def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""int8 codes of W_enc's rows and what they leave out, for `topk_member`.
+
+    .. math:: | step_i \langle codes_i, x \rangle - \langle w_i, x \rangle | \le margin_i \, |x|
+
+    holds for every x, with the rounding of fp32 sums on both sides in the margin.
+
+    Args:
+        W_enc: [F, D] fp32, bf16 or fp16.
+
+    Returns:
+        codes [F, D] int8 and bounds [F, 2] fp32: step, margin. A row that is not finite has margin
+        inf: it is always scored from W_enc.
+    """
+    _common.check_floats(_OP, W_enc=W_enc)
+    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    if W_enc.dtype == torch.float64:
+        raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 weights need none")
+    F, D = W_enc.shape
+    codes = torch.empty(F, D, dtype=torch.int8, device=W_enc.device)
+    bounds = torch.empty(F, 2, dtype=torch.float32, device=W_enc.device)
+    rounding = 2.0 * (D + 32) * 2.0**-23
+    for i in range(0, F, _SCREEN_ROWS):
+        w = W_enc.detach()[i : i + _SCREEN_ROWS].double()
+        step = (w.abs().amax(1) / 127).to(torch.float32) if D else w.new_zeros(len(w)).float()
+        wide = step.double().clamp(min=2.0**-149)[:, None]
+        code = (w / wide).round().clamp(-127, 127).nan_to_num(0.0)
+        norm, off = w.norm(dim=1), (w - code * step.double()[:, None]).norm(dim=1)
+        margin = ((off + rounding * (norm + off)) * (1 + 2.0**-20)).to(torch.float32)
+        # tiny rows: squares that underflow in fp32 scores, steps that are subnormal
+        margin = torch.where(margin.isfinite(), margin * (1 + 2.0**-20) + 2.0**-100, torch.inf)
+        codes[i : i + _SCREEN_ROWS] = code.to(torch.int8)
+        bounds[i : i + _SCREEN_ROWS, 0] = step.nan_to_num(0.0, 0.0, 0.0)
+        bounds[i : i + _SCREEN_ROWS, 1] = margin
+    return codes, bounds
+
+
+def _check(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    positive: bool = False,
+    codes: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+) -> None:
+    _common.check_floats(_OP, x=x, W_enc=W_enc, b_enc=b_enc, rank_scale=rank_scale)
+    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    F, D = W_enc.shape
+    _common.check_last(_OP, "x", x, D, "D")
+    _common.check_vector(_OP, "b_enc", b_enc, F, "F")
+    _common.check_vector(_OP, "rank_scale", rank_scale, F, "F")
+    _common.check_indices(_OP, latents, x, "x", "latents")
+    if latents.dim() < 1 or latents.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{_OP}: latents {_common.shape(latents)} must be [..., J] with the leading dimensions "
+            f"of x {_common.shape(x)}"
+        )
+    if F >= 2**31 or not 1 <= k <= F:
+        raise ValueError(f"{_OP}: k must lie in [1, {F}] (F), got {k}")
+    if codes is None and bounds is None:
+        return
+    if x.dtype == torch.float64:
+        raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 takes none")
+    for name, part, size, dtype in (
+        ("codes", codes, (F, D), torch.int8),
+        ("bounds", bounds, (F, 2), torch.float32),
+    ):
+        if part is None or part.shape != size or part.dtype != dtype or part.device != x.device:
+            raise ValueError(
+                f"{_OP}: the screen's {name} do not fit; make it by topk_screen(W_enc)"
+            )
+
+
+def _run(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    positive: bool = False,
+    codes: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
+    F = W_enc.shape[0]
+    rows = _common.flat(x)
+    # clamped, not wrapped: a latent that int32 cannot hold stays out of range
+    wanted = _common.flat(latents.clamp(-2, F).to(torch.int32))
+    if len(rows) > _COUNTS.get(x.device.type, 0):
+        return _among(rows, W_enc, b_enc, wanted, k, rank_scale, positive).view(latents.shape)
+    out: torch.Tensor = _dispatch.select(_OP, x)(
+        rows,
+        W_enc.contiguous(),
+        None if b_enc is None else b_enc.contiguous(),
+        wanted,
+        k,
+        None if rank_scale is None else rank_scale.contiguous(),
+        positive,
+        None if codes is None else codes.contiguous(),
+        None if bounds is None else bounds.contiguous(),
+    )
+    return out.view(latents.shape)
+
+
+def _among(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    positive: bool,
+) -> torch.Tensor:
+    """[N, J] by selecting the k best of every token."""
+    check_latents(latents, len(W_enc))
+    with torch.no_grad():
+        values, indices = topk_encode(
+            x, W_enc, b_enc, k, activation="identity", rank_scale=rank_scale
+        )
+    if positive:
+        indices = torch.where(values <= 0, -2, indices)
+    member = torch.empty(latents.shape, dtype=torch.bool, device=x.device)
+    for j in range(latents.shape[1]):  # [N, J, k] never exists
+        member[:, j] = (indices == latents[:, j, None]).any(1)
+    return member
+
+
+def _fake(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    latents: torch.Tensor,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    positive: bool = False,
+    codes: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
+    return x.new_empty(latents.shape, dtype=torch.bool)
+
+
+_common.register(_OP, _run, _fake)

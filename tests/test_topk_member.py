@@ -1,0 +1,214 @@
+"""topk_member: the same answer as selecting, on every backend; the screen's bound holds."""
+
+from __future__ import annotations
+
+import conftest
+import pytest
+import torch
+from conftest import device_of, randn, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastsae
+from fastsae import _dispatch, ops, reference
+
+CPU_LEVELS = (
+    torch.ops.fastsae._cpu_levels().split()
+    if not _dispatch._missing("topk_member", "cpu", "cpu", torch.float32)
+    else []
+)
+
+
+def whole(n, d, f, seed=0):
+    """Small integers: every sum is exact in every order, and ties are many."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(-3, 4, (n, d), generator=g).float(),
+        torch.randint(-3, 4, (f, d), generator=g).float(),
+        torch.randint(-3, 4, (f,), generator=g).float(),
+    )
+
+
+def expected(x, w, b, latents, k, scale=None, positive=False):
+    wide = [None if t is None else t.double().cpu() for t in (x, w, b, scale)]
+    return reference.topk_member(*wide[:3], latents.cpu(), k, wide[3], positive, None, None)
+
+
+def every_latent(n, f):
+    return torch.arange(-1, f, dtype=torch.int32).expand(n, -1)
+
+
+def screens(w, backend):
+    """Without a screen, and with it where the backend reads it."""
+    yield None
+    if backend == "cpu" and w.dtype != torch.float64:
+        yield ops.topk_screen(w)
+
+
+@pytest.mark.parametrize(
+    "n,d,f,k", [(1, 8, 40, 5), (5, 33, 517, 32), (3, 1, 9, 9), (7, 260, 70, 1)]
+)
+@pytest.mark.parametrize("positive", [False, True])
+def test_every_latent_of_every_token(backend, dtype, n, d, f, k, positive):
+    device, n, f = device_of(backend), tokens(backend, n), conftest.latents(backend, f)
+    k = min(k, f)
+    x, w, b = (t.to(device=device, dtype=dtype) for t in whole(n, d, f))
+    for bias, scale in ((b, None), (None, None), (b, (b.abs() + 1) * torch.where(b > 1, -1, 1))):
+        latents = every_latent(n, f).to(device)
+        truth = expected(x, w, bias, latents, k, scale, positive)
+        for screen in screens(w, backend):
+            got = ops.topk_member(x, w, bias, latents, k, scale, positive, screen)
+            assert got.dtype == torch.bool and torch.equal(got.cpu(), truth)
+        if not positive:
+            assert (truth.sum(1) == k).all()
+
+
+def test_agrees_with_topk_encode_on_real_numbers(backend):
+    """Each latent but those that rounding could swap."""
+    n, d, f, k = 4, 96, 300 if backend == "triton" else 1500, 32
+    x, w, b = (
+        t.to(device_of(backend)) for t in (randn(n, d), randn(f, d, seed=1), randn(f, seed=2))
+    )
+    scores = x.double() @ w.double().T + b.double()
+    kth = scores.topk(k + 1, dim=1).values[:, k - 1 :].mean(1, keepdim=True)
+    clear = (scores - kth).abs() > 1e-4
+    latents = torch.arange(f, dtype=torch.int32, device=x.device).expand(n, -1)
+    chosen = torch.zeros(n, f, dtype=torch.bool, device=x.device)
+    chosen.scatter_(1, ops.topk_encode(x, w, b, k)[1].long(), True)
+    for screen in screens(w, backend):
+        got = ops.topk_member(x, w, b, latents, k, screen=screen)
+        assert torch.equal(got[clear], chosen[clear]) and clear.float().mean() > 0.99
+
+
+def test_many_tokens_are_selected(backend):
+    x, w, b = (t.to(device_of(backend)) for t in whole(tokens(backend, 70), 16, 90))
+    latents = every_latent(len(x), 90).to(x.device)
+    for n in (len(x), min(len(x), 3)):  # on both sides of the choice
+        for positive in (False, True):
+            got = ops.topk_member(x[:n], w, b, latents[:n], 7, positive=positive)
+            truth = expected(x[:n], w, b, latents[:n], 7, positive=positive)
+            assert torch.equal(got.cpu(), truth)
+
+
+def test_not_finite(backend):
+    x, w, b = whole(4, 24, 300)
+    w[7] = float("nan")
+    w[9, 3], w[11, 0] = float("inf"), -float("inf")
+    w[13] = 0
+    w[13, 0] = 3e38  # finite, its square is not
+    x[1, 5] = float("nan")
+    x[2, 0] = float("inf")
+    x[3] *= 2.0**116
+    x, w, b = (t.to(device_of(backend)) for t in (x, w, b))
+    latents = every_latent(4, 300).to(x.device)
+    with fastsae.use_backend("reference"):
+        truth = ops.topk_member(x, w, b, latents, 12).cpu()
+    for screen in screens(w, backend):
+        got = ops.topk_member(x, w, b, latents, 12, screen=screen).cpu()
+        assert torch.equal(got, truth)
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_cpu_level(level):
+    x, w, b = whole(6, 37, 600)
+    torch.ops.fastsae._set_cpu_level(level)
+    try:
+        for screen in (None, ops.topk_screen(w)):
+            with fastsae.use_backend("cpu"):
+                got = ops.topk_member(x, w, b, every_latent(6, 600), 20, screen=screen)
+            assert torch.equal(got, expected(x, w, b, every_latent(6, 600), 20))
+    finally:
+        torch.ops.fastsae._set_cpu_level("auto")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.data())
+def test_any_size(n, d, data):
+    f = data.draw(st.integers(1, 700))
+    k = data.draw(st.integers(1, f))
+    x, w, b = whole(n, d, f, seed=d)
+    latents = torch.randint(-1, f, (n, 3), generator=torch.Generator().manual_seed(f))
+    got = ops.topk_member(x, w, b, latents, k, screen=ops.topk_screen(w))
+    assert torch.equal(got, expected(x, w, b, latents, k))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e18]), st.integers(0, 99))
+def test_the_screen_bounds_every_score(d, size, seed):
+    w = randn(50, d, seed=seed) * randn(50, 1, seed=seed + 1).exp().pow(4) * size
+    x = randn(20, d, seed=seed + 2) * randn(1, d, seed=seed + 3).exp()
+    codes, bounds = ops.topk_screen(w)
+    off = x.double() @ (codes.double() * bounds[:, :1].double() - w.double()).T
+    assert (off.abs() <= bounds[:, 1].double() * x.double().norm(dim=1, keepdim=True)).all()
+
+
+def test_the_screen_is_tight():
+    """A margin that settles nothing would still be right, and slow."""
+    w = randn(400, 512)
+    codes, bounds = ops.topk_screen(w)
+    assert (bounds[:, 1] < 0.02 * w.norm(dim=1)).all() and codes.dtype == torch.int8
+    assert torch.equal(codes.abs().amax(1), torch.full((400,), 127, dtype=torch.int8))
+
+
+def test_leading_dimensions_strides_and_empty(backend):
+    x, w, b = (t.to(device_of(backend)) for t in whole(6, 16, 90))
+    latents = torch.randint(-1, 90, (6, 4), generator=torch.Generator().manual_seed(0)).to(x.device)
+    flat = ops.topk_member(x, w, b, latents, 9)
+    assert torch.equal(
+        ops.topk_member(x.view(2, 3, 16), w, b, latents.view(2, 3, 4), 9).view(6, 4), flat
+    )
+    assert torch.equal(ops.topk_member(x[1], w, b, latents[1], 9), flat[1])
+    wide = w.repeat_interleave(2, 1)[:, ::2]
+    assert torch.equal(ops.topk_member(x, wide, b, latents.t().contiguous().t(), 9), flat)
+    assert ops.topk_member(x[:0], w, b, latents[:0], 9).shape == (0, 4)
+    assert ops.topk_member(x, w, b, latents[:, :0], 9).shape == (6, 0)
+
+
+def test_bad_input_is_refused(backend):
+    device = device_of(backend)
+    x, w, b = (t.to(device) for t in whole(2, 8, 20))
+    ok = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    codes, bounds = ops.topk_screen(w)
+    for error, match, args, options in (
+        (ValueError, "k must lie", (x, w, b, ok, 0), {}),
+        (ValueError, "k must lie", (x, w, b, ok, 21), {}),
+        (ValueError, "leading dimensions", (x, w, b, ok[:1], 3), {}),
+        (TypeError, "int32 or int64", (x, w, b, ok.float(), 3), {}),
+        (ValueError, "with D = 8", (x[:, :7], w, b, ok, 3), {}),
+        (TypeError, "one dtype", (x, w.half(), b, ok, 3), {}),
+        (ValueError, "screen's codes", (x, w, b, ok, 3), {"screen": (codes[1:], bounds)}),
+        (ValueError, "screen's bounds", (x, w, b, ok, 3), {"screen": (codes, bounds[:, :1])}),
+    ):
+        with pytest.raises(error, match=match):
+            ops.topk_member(*args, **options)
+    with pytest.raises(TypeError, match="fp64"):
+        ops.topk_screen(w.double())
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("bad", [-2, 20, 2**31, -(2**33)])
+@pytest.mark.parametrize("n", [2, 60])
+def test_a_latent_out_of_range(name, bad, n):
+    x, w, b = whole(n, 8, 20)
+    latents = torch.zeros(n, 2, dtype=torch.int64)
+    latents[1, 1] = bad
+    with fastsae.use_backend(name), pytest.raises(RuntimeError, match="must lie in"):
+        ops.topk_member(x, w, b, latents, 3)
+
+
+def test_a_gpu_kernel_follows_no_latent_out_of_range(gpu_backend):
+    x, w, b = (t.to(device_of(gpu_backend)) for t in whole(2, 8, 20))
+    latents = torch.tensor([[-2, 20, 2**31 - 1], [-(2**31), 0, 21]], dtype=torch.int32)
+    got = ops.topk_member(x, w, b, latents.to(x.device), 20)
+    assert got.tolist() == [[False] * 3, [False, True, False]]
+
+
+def test_opcheck_and_compile():
+    x, w, b = whole(3, 8, 20)
+    latents = torch.tensor([[1, -1], [5, 6], [7, 19]], dtype=torch.int32)
+    args = (x, w, b, latents, 4, None, True, *ops.topk_screen(w))
+    torch.library.opcheck(torch.ops.fastsae.topk_member.default, args)
+    compiled = torch.compile(
+        lambda x: ops.topk_member(x, w, b, latents, 4), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), ops.topk_member(x, w, b, latents, 4))
