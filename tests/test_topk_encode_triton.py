@@ -73,7 +73,7 @@ def test_values_of_ranked_latents():
 
 
 def test_tokens_in_several_passes(monkeypatch):
-    monkeypatch.setattr(encode_module, "_rows_at_once", lambda n, k, chunks: 2)
+    monkeypatch.setattr(encode_module, "_rows_at_once", lambda n, k, chunks, d: 2)
     x, W, b, _ = integers(5, 24, 70, torch.float16)
     got = encode_module.topk_encode(x, W, b, 6, True, None)
     assert_is_reference(got, x, W, b, 6, True, None)
@@ -132,3 +132,154 @@ def test_extra_memory_is_bounded(n, f, k):
     else:
         held += rows * (8 * columns + keys_module.MergedKeys.bytes_per_row(k))
     assert held <= 256 << 20
+
+
+# -- fp32 by the bounds of bf16 scores -----------------------------------------------------------
+
+
+def bounded(x, W, b, k, scale=None, slab=1 << 23, **chunks):
+    keys = encode_module.select_bounded(
+        x, W, b, k, scale, encode_module.Chunks(slab=slab, **chunks)
+    )
+    values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32).to(DEVICE)
+    encode_module.decode_keys(keys, values, indices, False)
+    return values, indices
+
+
+def assert_selects_fp32(got, x, W, b, k, scale=None):
+    """The fp64 selection, but where fp32 scores are closer than they are exact; in order."""
+    values, indices = got
+    rank = x.double() @ W.double().T
+    if b is not None:
+        rank = rank + b.double()
+    if scale is not None:
+        rank = rank * scale.double()
+    order = rank.sort(dim=1, descending=True, stable=True)
+    got_rank = rank.gather(1, indices.long())
+    assert len(set(map(tuple, indices.sort(dim=1).values.tolist()))) and all(
+        len(set(row)) == k for row in indices.tolist()
+    )
+    torch.testing.assert_close(values.double(), got_rank, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_rank, order.values[:, :k], rtol=1e-5, atol=1e-5)
+    return (indices.long() == order.indices[:, :k]).float().mean().item()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("d,f,k", [(64, 700, 11), (37, 501, 32), (129, 300, 1)])
+def test_bounded_selects_in_fp32(d, f, k, scaled):
+    x, W, b = (t.to(DEVICE) for t in (randn(3, d), randn(f, d, seed=1), randn(f, seed=2)))
+    scale = randn(f, seed=3).to(DEVICE) if scaled else None
+    same = assert_selects_fp32(bounded(x, W, b, k, scale, slab=3 * 256), x, W, b, k, scale)
+    assert same > 0.97
+
+
+def test_bounded_is_exact_where_bf16_scores_are_not():
+    """Latents that differ below bf16's precision: their bf16 scores are one number."""
+    base = randn(1, 64, seed=4)
+    W = (base * (1 + torch.arange(400)[:, None] * 2.0**-20)).to(DEVICE)
+    x = base.repeat(2, 1).to(DEVICE)
+    assert W.bfloat16().unique(dim=0).shape[0] < 8
+    _, indices = bounded(x, W, None, 20, slab=2 * 128)
+    assert indices.tolist() == [list(range(399, 379, -1))] * 2
+
+
+def test_bounded_ties_are_canonical():
+    x, W, b, scale = integers(3, 24, 501, torch.float32)
+    for s in (None, scale):
+        got = bounded(x, W, b, 30, s, slab=3 * 128)
+        pre = x.double() @ W.double().T + b.double()
+        rank = pre if s is None else pre * s.double()
+        order = rank.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(got[1].long(), order.indices[:, :30])
+        assert torch.equal(got[0].double(), order.values[:, :30])
+
+
+@pytest.mark.parametrize("slab", [3 * 64, 1 << 23])
+def test_bounded_settles_when_nothing_can_be_dropped(monkeypatch, slab):
+    """Bounds as wide as the scores: every latent stays a candidate, the buffer is scored in fp32
+    again and again, and the result is still exact."""
+    small = keys_module.FilterConfig(64, 16, 4)
+    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
+    monkeypatch.setattr(bounds, "filter_config", lambda k: small)
+    x, W, b = (t.to(DEVICE) for t in (randn(3, 40), randn(300, 40, seed=1), randn(300, seed=2)))
+    calls = []
+    monkeypatch.setattr(bounds, "accumulation", lambda d: calls.append(d) or 10.0)
+    same = assert_selects_fp32(bounded(x, W, b, 9, slab=slab), x, W, b, 9)
+    assert calls and same == 1.0
+
+
+def test_bounded_not_finite():
+    x, W, b, _ = integers(5, 24, 200, torch.float32)
+    W[7] = float("nan")
+    W[9, 3], W[11, 0] = float("inf"), -float("inf")
+    W[13] = 0
+    W[13, 0] = 3e38
+    x[1, 5] = float("nan")
+    x[2, 0] = float("inf")
+    x[3] *= 2.0**116
+    x[4] = 0
+    values, indices = bounded(x, W, b, 12, slab=5 * 64)
+    truth, order = reference.topk_encode(x.cpu(), W.cpu(), b.cpu(), 12, False, None)
+    assert torch.equal(indices.cpu(), order)
+    assert torch.equal(values.cpu().nan_to_num(), truth.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", ["random", "between", "one sign", "wide"])
+def test_the_bound_holds(kind):
+    """Every pair's lower and upper bound enclose its fp64 score, and are not much wider."""
+    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
+    n, d, f = 6, 129, 80
+    x, W = randn(n, d), randn(f, d, seed=1)
+    if kind == "between":  # exactly between two bf16 numbers
+        x, W = ((t.bfloat16().float() * (1 + 2.0**-8)) for t in (x, W))
+    if kind == "one sign":
+        x, W = x.abs(), W.abs()
+    if kind == "wide":
+        x, W = x * randn(n, d, seed=2).mul(5).exp(), W * randn(f, d, seed=3).mul(5).exp()
+    x, W = x.to(DEVICE), W.to(DEVICE)
+    copies, norms = [], []
+    for rows in (x, W):
+        copies.append(torch.empty_like(rows, dtype=torch.bfloat16))
+        norms.append(torch.empty(len(rows), 2, device=DEVICE))
+        bounds.round_rows(rows, copies[-1], norms[-1])
+        size, off = norms[-1].double().T
+        true_off = (rows.double() - copies[-1].double()).norm(dim=1)
+        assert torch.equal(copies[-1], rows.bfloat16())
+        assert (size >= rows.double().norm(dim=1)).all() and (off >= true_off).all()
+        assert (size <= rows.double().norm(dim=1) * 1.02).all()
+        assert (off <= true_off * 1.001 + 1e-17).all()
+    g = bounds.accumulation(d)
+    (xs, xo), (ws, wo) = (t.double().T for t in norms)
+    margin = (xo + g * xs)[:, None] * ws + xs[:, None] * wo
+    error = (copies[0].double() @ copies[1].double().T - x.double() @ W.double().T).abs()
+    assert (error <= margin).all() and (margin <= 0.01 * xs[:, None] * ws).all()
+
+
+def test_fp32_takes_the_bounds_where_they_pay(monkeypatch):
+    taken = []
+    monkeypatch.setattr(encode_module, "select_bounded", lambda *a: taken.append(a) or 1 / 0)
+    for x, f, k, expected in (
+        (torch.zeros(256, 64), 240, 10, True),
+        (torch.zeros(256, 64), 230, 10, False),
+        (torch.zeros(256, 64, dtype=torch.bfloat16), 240, 10, False),
+        (torch.zeros(8, 64), 240, 10, False),
+    ):
+        taken.clear()
+        monkeypatch.setattr(
+            encode_module, "select_chunked", lambda *a: (_ for _ in ()).throw(LookupError)
+        )
+        with pytest.raises((ZeroDivisionError, LookupError)):
+            encode_module.topk_encode(
+                x.to(DEVICE), x.new_zeros(f, 64).to(DEVICE), None, k, True, None
+            )
+        assert bool(taken) == expected
+
+
+@pytest.mark.parametrize("n,d,f,k", [(8192, 4096, 131072, 64), (10**6, 16384, 2**20, 1024)])
+def test_bounded_extra_memory(n, d, f, k):
+    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
+    chunks = encode_module.Chunks()
+    rows = encode_module._rows_at_once(n, k, chunks, d)
+    columns = min(chunks.columns(rows, f), chunks.copy_bytes // (2 * d))
+    held = 4 * rows * columns + rows * bounds.BoundedKeys.bytes_per_row(k, d)
+    assert rows >= 1000 and held + columns * (2 * d + 8) <= 256 << 20

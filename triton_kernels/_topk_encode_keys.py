@@ -165,7 +165,7 @@ def filter_config(k: int) -> FilterConfig:
     return FilterConfig(1024, 512, 4) if k <= 512 else FilterConfig(2048, 1024, 8)
 
 
-def _top(k: int) -> int:
+def top_of(k: int) -> int:
     return max(16, triton.next_power_of_2(k))
 
 
@@ -198,7 +198,7 @@ class BestKeys:
         _filter_kernel[(rows,)](
             scores, bias, scale, self.keys, self.held, self.threshold,
             scores.stride(0), first, fresh, columns, self.k,
-            CAPACITY=self.config.capacity, TOP=_top(self.k),
+            CAPACITY=self.config.capacity, TOP=top_of(self.k),
             BLOCK=self.config.block, LAST=last, num_warps=self.config.num_warps,
         )  # fmt: skip
 
@@ -253,7 +253,7 @@ def configurations() -> list[Configuration]:
             scores_ptr="*fp32", keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64",
             stride="i32:16", first="i32", fresh="i32", C="i32", K="i32",
         )  # fmt: skip
-        constants = dict(CAPACITY=config.capacity, TOP=_top(k), BLOCK=config.block, LAST=True)
+        constants = dict(CAPACITY=config.capacity, TOP=top_of(k), BLOCK=config.block, LAST=True)
         _optional(signature, constants, pointer)
         label = f"k={k} {pointer and pointer[1:]}"
         result.append(Configuration(_filter_kernel, label, signature, constants, config.num_warps))
