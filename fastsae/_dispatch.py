@@ -127,6 +127,11 @@ def select(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _select(op, tensor.device.type, tensor.dtype, _forced)
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` asked for."""
+    return _forced
+
+
 @contextmanager
 def _restore(previous: str | None) -> Iterator[None]:
     global _forced

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from conftest import generator, randn
@@ -263,6 +265,109 @@ def test_several_sites_at_once(gpt2):
         gpt2(ids)
     along = caught[0] @ (r / r.norm())
     assert along[0].abs().max() < 1e-4 < along[1].abs().max()
+
+
+@torch.no_grad()
+def test_several_saes_at_several_sites_equal_both_definitions(model):
+    """A TopK SAE and a ReLU SAE, each with programs of its own, through generate()."""
+    topk, ids = topk_sae(), prompt(2)
+    W, b = randn(30, D, seed=7) / D**0.5, randn(30, seed=8) / 4
+    relu = SAEDescription(W, b, W.flip(1), randn(D, seed=9), "relu", subtract_b_dec=True)
+
+    def clamp_relu(x):
+        f = ((x[:1] - relu.b_dec) @ W[4] + b[4]).clamp(min=0)
+        return torch.cat([x[:1] + (5.0 - f)[..., None] * relu.W_dec[4], x[1:]])
+
+    late = find_site(model, layer=2)[1]
+    with by_definition(model, topk, RULES[:2]), edited(late, clamp_relu):
+        want, want_logits = run(model, ids)
+    first, second = attach(model, topk, layer=LAYER), attach(model, relu, layer=2)
+    with first.steer(PROGRAMS[:2]), second.steer([[clamp(4, 5.0)], None]):
+        got, logits = run(model, ids)
+    assert torch.equal(got, want)
+    assert (logits - want_logits).abs().max() < 1e-4 * want_logits.abs().max()
+    with first.steer(PROGRAMS[:2]):
+        assert (run(model, ids)[1][0] - logits[0]).abs().max() > 0.01  # the second one counted
+
+
+class Digits:
+    """What a text streamer needs of a tokenizer."""
+
+    def decode(self, ids, **_):
+        return "".join(f"{int(i)} " for i in ids)
+
+
+@torch.no_grad()
+def test_streamed_tokens_are_the_steered_ones(gpt2):
+    streamers = pytest.importorskip("transformers.generation.streamers")
+    sae, ids = topk_sae(), prompt(1)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    clean = run(gpt2, ids)[0][0, 6:].tolist()
+    with steerer.steer(PROGRAMS[:1]):
+        want = run(gpt2, ids)[0][0, 6:].tolist()
+    assert want != clean
+
+    class Kept(streamers.BaseStreamer):
+        def __init__(self):
+            self.pieces, self.ended = [], False
+
+        def put(self, value):
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    for use_cache in (True, False):
+        kept = Kept()
+        with steerer.steer(PROGRAMS[:1]):
+            run(gpt2, ids, streamer=kept, use_cache=use_cache)
+        assert kept.pieces == [ids[0].tolist(), *([t] for t in want)] and kept.ended
+    # text from another thread, as a server reads it
+    text = streamers.TextIteratorStreamer(Digits(), skip_prompt=True, timeout=60)
+    with steerer.steer(PROGRAMS[:1]):
+        thread = threading.Thread(target=run, args=(gpt2, ids), kwargs={"streamer": text})
+        thread.start()
+        heard = "".join(text)
+        thread.join()
+    assert [int(t) for t in heard.split()] == want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tensor", "tuple"])
+def test_tuple_and_tensor_outputs(gpt2, kind):
+    """A site that puts out a tuple keeps what else is in it."""
+    ids, v, block = prompt(2), randn(D, seed=2), gpt2.transformer.h[LAYER]
+    name = {"tensor": "mlp", "tuple": "attn"}[kind]
+    site, seen = getattr(block, name), []
+    steerer = attach(gpt2, None, hook=f"transformer.h.{LAYER}.{name}")
+    before = site.register_forward_hook(lambda m, a, out: seen.append(out), prepend=True)
+    after = site.register_forward_hook(lambda m, a, out: seen.append(out))
+    with steerer.steer([[add_vector(v)], None]):
+        gpt2(ids, output_attentions=False)
+    before.remove()
+    after.remove()
+    clean, moved = seen
+    assert isinstance(clean, tuple) == isinstance(moved, tuple) == (kind == "tuple")
+    if kind == "tuple":
+        assert len(clean) == len(moved) and all(a is b for a, b in zip(clean[1:], moved[1:]))
+        clean, moved = clean[0], moved[0]
+    assert torch.allclose(moved[0], clean[0] + v, atol=1e-6)
+    assert torch.equal(moved[1], clean[1])
+
+
+def test_compiled_generate_is_steered(gpt2):
+    """generate() of a compiled model with a static cache, cached steps included."""
+    sae, ids = topk_sae(), prompt(2)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    with torch.no_grad():
+        clean = run(gpt2, ids)[0]
+        with steerer.steer(PROGRAMS[:2]):
+            want = run(gpt2, ids)[0]
+        gpt2.forward = torch.compile(gpt2.forward, backend="eager")
+        with steerer.steer(PROGRAMS[:2]):
+            got = run(gpt2, ids, cache_implementation="static", disable_compile=True)[0]
+        assert torch.equal(got, want) and not torch.equal(want[0], clean[0])
+        assert torch.equal(run(gpt2, ids)[0], clean)
 
 
 def test_compiled_model_is_steered(gpt2):

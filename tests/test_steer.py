@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import assert_close, generator, randn
 
+import fastsae
 from fastsae import _steer_codes as rules
 from fastsae import ops
+from fastsae.ops.steer import Prepared
 from fastsae.reference.steer import edited, normalised
 
 CODES = [
@@ -198,6 +200,38 @@ def test_compiles_whole(backend):
     want = call(x, table, slots)
     got = torch.compile(lambda x: call(x, table, slots) + 1, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(got, want + 1)
+
+
+def test_prepared_equals_steer(backend):
+    """Same values, refusals and gradients; tables may be rewritten; a forced backend is obeyed."""
+    table, slots = tables(3, 4, 8, torch.float32), torch.tensor([2, 0]).int()
+    norm = {"norm": "layer_norm", "eps": 1e-4}
+    prepared = Prepared(*table, slots, **norm)
+    x, mask = randn(2, 5, 8, seed=1), torch.rand(2, 5, generator=generator(2)) < 0.6
+    member = torch.rand(2, 5, 4, generator=generator(3)) < 0.5
+    for args in ((), (mask,), (mask, member), (mask.mT.contiguous().mT, member)):
+        assert torch.equal(prepared(x, *args), call(x, table, slots, *args, **norm))
+    assert torch.equal(prepared(x.mT.contiguous().mT), prepared(x))
+    table[2].mul_(2)
+    assert torch.equal(prepared(x), call(x, table, slots, **norm))
+    assert prepared(x[:, :0]).shape == (2, 0, 8)
+    for bad, message in ((x[:1], "slots must be"), (randn(2, 5, 9), "with D = 8")):
+        with pytest.raises(ValueError, match=message):
+            prepared(bad)
+    with pytest.raises(ValueError, match="mask must be"):
+        prepared(x, mask[:, :4])
+    with pytest.raises(TypeError, match="x is torch.float64"):
+        prepared(x.double())
+    leaf = x.clone().requires_grad_()
+    prepared(leaf).square().sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.any())
+    called = []
+    prepared._kernel = lambda *args: called.append(args)
+    with fastsae.use_backend("reference" if backend != "reference" else "cpu"):
+        assert_close(prepared(x), *[call(x, table, slots, **norm)] * 2, x.dtype)
+    assert not called
+    with pytest.raises(ValueError, match="contiguous and need no gradient"):
+        Prepared(table[0].requires_grad_(), *table[1:], slots)
 
 
 def test_empty_and_bad_input(backend):

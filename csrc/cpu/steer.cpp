@@ -50,7 +50,8 @@ void steer_cpu(const Tensor& x, const Tensor& enc, const Tensor& dec, const Tens
     const int32_t* c = data<int32_t>(code);
     const bool* masked = mask ? data<bool>(*mask) : nullptr;
     const bool* members = member ? data<bool>(*member) : nullptr;
-    parallel_ranges(M, 4 * D, [&](int64_t begin, int64_t end) {
+    // a row is two passes of a cache's speed: 32 tokens of a small model are one thread's work
+    parallel_ranges(M, D, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(D + 2 * O);
       FASTSAE_AT_LEVEL(level, steer_rows, xs, e, d, p, c, slot, masked, members,
                        static_cast<int>(norm), static_cast<A>(eps), o, O, D, M / B, begin, end,

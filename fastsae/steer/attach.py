@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import _steer_codes as codes
 from .. import ops
+from ..ops.steer import Prepared
 from ..reference.steer import normalised
 from ..train.activations import find_site, output_of
 from .describe import SAEDescription, describe
@@ -99,6 +100,7 @@ class Steerer:
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
         self._current = self._slots[:0]
+        self._run = self._prepared()
         self._longest = 1  # entries of the longest program in force
         self._selects = False  # does an entry ask for membership among the k?
         self._screen: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -170,6 +172,12 @@ class Steerer:
         self._prompt_length = prompt_length
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
+        self._run = self._prepared()
+
+    def _prepared(self) -> Prepared:
+        # whole tables, whatever is in force: a captured graph sees one address
+        norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
+        return Prepared(self._enc, self._dec, self._param, self._code, self._current, norm, eps)
 
     def clear(self) -> None:
         """Nothing is steered any more; replayed graphs neither."""
@@ -351,19 +359,7 @@ class Steerer:
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""
-        sae = self.sae
-        return ops.steer(
-            x,
-            self._enc,  # whole tables, whatever is in force: a captured graph sees one address
-            self._dec,
-            self._param,
-            self._code,
-            self._current,
-            mask,
-            self._members(x) if self._selects else None,
-            "none" if sae is None else sae.norm,
-            1e-5 if sae is None else sae.eps,
-        )
+        return self._run(x, mask, self._members(x) if self._selects else None)
 
     def _members(self, x: torch.Tensor) -> torch.Tensor:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
