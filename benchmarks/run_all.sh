@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures every table of the README, in short pieces, then writes them into it.
 #
-#   benchmarks/run_all.sh [PIECE ...]     pieces: encode real topk backward step peers memory (default: all)
+#   benchmarks/run_all.sh [PIECE ...]     pieces: encode real topk backward step peers memory steer (default: all)
 #
 #   PYTHON=.venv/bin/python   interpreter      CACHE=DIR   activations and SAEs of the real rows
 #   WRAP="nice -n -5"         put before each piece, e.g. a lock that keeps the machine quiet
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 cache=${CACHE:-$HOME/.cache/fastsae-bench}
 shapes=${SHAPES:-"2048x768x24576 2048x384x12288 1024x2048x32768"}
-pieces=${*:-encode real topk backward step peers memory}
+pieces=${*:-encode real topk backward step peers memory steer}
 
 run() { ${WRAP:-} "$python" "$@"; }
 
@@ -54,6 +54,12 @@ for piece in $pieces; do
       done ;;
     memory)
       run benchmarks/bench_memory.py ;;
+    steer)
+      run benchmarks/bench_steer.py
+      for batch in 1 32; do
+        run benchmarks/bench_generate.py --batches $batch --only 'unsteered|JumpReLU' --rounds 61
+        run benchmarks/bench_generate.py --batches $batch --only TopK --rounds 31
+      done ;;
     *) echo "run_all.sh: unknown piece $piece" >&2; exit 2 ;;
   esac
 done
