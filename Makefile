@@ -64,7 +64,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) pytest pytest-xdist hypothesis $(TRITON)
+	$(PIP) pytest pytest-xdist hypothesis fastapi uvicorn openai websockets $(TRITON)
 	# nvcc and its headers (100 MB), so that the tests compile csrc/cuda on any Linux machine
 	command -v nvcc || $(PIP) nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl || \
 		echo "no nvcc: the tests do not compile csrc/cuda"
@@ -72,7 +72,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 # The type checker reads the installed libraries' types.
 $(VENV)/.lint: $(VENV)/.built
-	$(PIP) ruff mypy clang-format
+	$(PIP) ruff mypy clang-format fastapi uvicorn
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 INSTALL = 'pip install "fastsae-kernels[cli]"'
 NEEDED = ("typer", "rich", "transformers", "jinja2", "tokenizers", "tqdm", "matplotlib")
+SERVE = ("fastapi", "uvicorn", "pydantic", "starlette")
 
 
 def main() -> None:
@@ -21,7 +22,11 @@ def main() -> None:
 
 def fail_missing(error: ImportError) -> NoReturn:
     """Ends with a line that says how to get a missing package of the extra."""
-    if error.name is None or error.name.split(".")[0] not in NEEDED:
+    package = (error.name or "").split(".")[0]
+    if package in SERVE:
+        install = INSTALL.replace("cli", "serve")
+        fail(f"`fastsae serve` needs {package}, which is not installed: {install}")
+    if package not in NEEDED:
         raise error
     fail(f"the command line needs {error.name}, which is not installed: {INSTALL}")
 

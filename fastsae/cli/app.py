@@ -8,6 +8,7 @@ from .bench import bench
 from .compare import compare_steering
 from .info import info
 from .quickstart import quickstart
+from .serve import serve
 from .steer import steer
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(quickstart)
 app.command()(steer)
+app.command()(serve)
 app.command("compare-steering")(compare_steering)
 app.command()(info)
 app.command()(bench)

@@ -179,6 +179,14 @@ class Steerer:
         norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
         return Prepared(self._enc, self._dec, self._param, self._code, self._current, norm, eps)
 
+    def check(self, program: Program) -> None:
+        """Raises ValueError when the program does not fit the site, its SAE or max_ops."""
+        entries = len(self._entries(program))
+        if entries > self._enc.shape[1]:
+            raise ValueError(
+                f"steer: a program of {entries} entries, max_ops is {self._enc.shape[1]}"
+            )
+
     def clear(self) -> None:
         """Nothing is steered any more; replayed graphs neither."""
         self._slots.zero_()

@@ -1,0 +1,115 @@
+"""`fastsae serve`: a steered model behind a local page and an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import fail, fail_missing
+from .steer import load_sae
+
+if TYPE_CHECKING:
+    from ..serve.protocol import Limits
+    from ..serve.service import Service
+
+_READOUT = 1 << 28  # elements up to which latents are described by what they promote
+
+
+def serve(
+    sae: Path = typer.Option(  # noqa: B008
+        ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
+    ),
+    model: str | None = typer.Option(None, help="Hub id or folder. [default: the embedded model]"),
+    layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
+    hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
+    device: str = typer.Option("cpu", help="Torch device."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; others can then reach it."),
+    port: int = typer.Option(8000, min=0, max=65535),
+    token: str | None = typer.Option(
+        None, envvar="FASTSAE_SERVE_TOKEN", help="Bearer token that every request must bring."
+    ),
+    rows: int = typer.Option(32, min=1, max=1024, help="Sequences generated at a time."),
+    waiting: int = typer.Option(512, min=0, help="Sequences that may wait for a place."),
+    prompt_tokens: int = typer.Option(1024, min=1, help="Longest prompt."),
+    new_tokens: int = typer.Option(512, min=1, help="Most tokens a sequence may have written."),
+    seconds: float = typer.Option(120.0, min=0.1, help="Time limit of a sequence."),
+) -> None:
+    """Serve the model with its latents on sliders: a chat page, and /v1 for OpenAI clients."""
+    try:
+        import rich  # noqa: F401
+        import transformers  # noqa: F401
+        import uvicorn
+
+        from ..serve.app import create_app
+        from ..serve.guard import LOOPBACK
+        from ..serve.protocol import Limits
+    except ImportError as error:
+        fail_missing(error)
+    if token is not None and not (token.isascii() and token.strip() == token and token):
+        fail("--token must be printable ASCII without spaces around it")
+    limits = Limits(
+        rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        seconds=seconds,
+    )  # fmt: skip
+    service = load_service(sae, model, layer, hook, device, limits)
+    local = host in ("127.0.0.1", "localhost", "::1")
+    app = create_app(service, token=token, hosts=LOOPBACK if local else None)
+    if not local and token is None:
+        typer.echo(f"anyone who reaches {host} can use this server: --token limits that", err=True)
+    shown = "localhost" if local else host
+    typer.echo(f"{service.name} at http://{shown}:{port}/{'#token=' + token if token else ''}")
+    typer.echo(f"OpenAI clients: base_url http://{shown}:{port}/v1   (stop with Ctrl+C)")
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=10)
+    finally:
+        service.engine.close()
+
+
+def load_service(
+    folder: Path, model: str | None, layer: int | None, hook: str | None, device: str,
+    limits: Limits,
+) -> Service:  # fmt: skip
+    """Model, SAE and engine, ready to serve."""
+    import torch
+
+    from ..features.tokens import logit_effect
+    from ..quickstart.pipeline import load_subject
+    from ..quickstart.settings import QuickstartError, Settings
+    from ..serve.engine import Engine
+    from ..serve.protocol import MAX_OPS
+    from ..serve.service import Service, labels_of
+    from ..steer import attach, describe
+
+    trained, statistics, hook = load_sae(folder, device, layer, hook)
+    try:
+        subject = load_subject(Settings(model=model, device=device, layer=layer, hook=hook))
+        sae = describe(trained, statistics)
+        width = len(trained.W_dec[0])
+        steerer = attach(
+            subject.model, sae, hook=subject.site, max_slots=limits.rows, max_ops=2 * MAX_OPS,
+            max_batch=limits.rows,
+        )  # fmt: skip
+    except (QuickstartError, ValueError) as error:
+        fail(str(error))
+    config: Any = subject.model.config.get_text_config()
+    eos = subject.model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if subject.tokenizer.eos_token_id is not None:
+        ends = [*ends, subject.tokenizer.eos_token_id]
+    readout = None
+    if config.vocab_size * width <= _READOUT:
+        with torch.no_grad():
+            readout = logit_effect(subject.model, torch.eye(width, device=device))
+    return Service(
+        subject.name,
+        subject.tokenizer,
+        Engine(subject.model, steerer, ends, limits.rows, limits.waiting),
+        sae,
+        readout,
+        limits,
+        int(getattr(config, "max_position_embeddings", 1 << 30)),
+        labels_of(folder.parent / "report.json"),
+        subject.site,
+    )

@@ -1,0 +1,302 @@
+"""The application: the page and its calls, and the part of the OpenAI API that clients use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from .engine import CANCELLED, TIME, FullError
+from .guard import LOOPBACK, Guard, error_body
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    PageRequest,
+    SteerRequest,
+)
+from .service import Job, Piece, RefusedError, Service
+
+_PAGE = Path(__file__).parent.parent / "assets" / "serve.html"
+_POLL = 0.25  # seconds between looks at whether the client is still there
+
+
+def create_app(
+    service: Service, *, token: str | None = None, hosts: frozenset[str] | None = LOOPBACK
+) -> Any:
+    """The ASGI application. `hosts` and `token` as in `Guard`."""
+    app = FastAPI(title="fastsae serve", docs_url=None, redoc_url=None)
+    page = _PAGE.read_text()
+    chats: dict[str, Job] = {}
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first.get("loc", ())[1:])
+        return _error(400, f"{where}: {first.get('msg')}" if where else str(first.get("msg")))
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> Response:
+        return _error(error.status, str(error))
+
+    @app.exception_handler(FullError)
+    async def full(_: Request, error: FullError) -> Response:
+        response = _error(429, f"{error}; try again in a moment", "rate_limit_error")
+        response.headers["retry-after"] = "2"
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail))
+
+    # -- the page ---------------------------------------------------------------------------------
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+        return HTMLResponse(
+            page.replace("{{nonce}}", nonce),
+            headers={
+                "content-security-policy": policy, "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer", "cache-control": "no-store",
+            },
+        )  # fmt: skip
+
+    @app.get("/api/info")
+    async def info() -> Any:
+        limits = service.limits
+        return {
+            "model": service.name,
+            "site": service.site,
+            "latents": 0 if service.sae is None else len(service.sae.W_dec),
+            "has_max": service.sae is not None and service.sae.max_activation is not None,
+            "new_tokens": min(limits.new_tokens, service.context - 1),
+            "load": service.engine.load,
+        }
+
+    @app.get("/api/features")
+    async def features(
+        q: Annotated[str, Query(max_length=100)] = "",
+        limit: Annotated[int, Query(ge=1, le=100)] = 40,
+    ) -> Any:
+        return {"features": await asyncio.to_thread(service.features, q, limit)}
+
+    @app.post("/api/chat")
+    async def chat_page(body: PageRequest) -> Response:
+        program = service.program(body.steer)
+        ids = service.encode(body.prompt)
+        # one seed for both: without an edit they are the same text
+        job = service.start([ids, ids], body, body.max_tokens, [None, program], same_seed=True)
+        name = secrets.token_urlsafe(12)
+        chats[name] = job
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                yield _sse({"id": name})
+                async for piece in job.pieces():
+                    yield _sse(
+                        {"side": ("before", "after")[piece.index], "text": piece.text}
+                        | ({"finish": piece.finish} if piece.finish else {})
+                        | ({"error": piece.error} if piece.error else {})
+                    )
+            finally:
+                chats.pop(name, None)
+                job.cancel()
+
+        return _stream(events())
+
+    @app.post("/api/chat/{name}/steer")
+    async def change(name: str, body: SteerRequest) -> Any:
+        if name not in chats:
+            raise RefusedError(404, "this text is not being written any more")
+        chats[name].change(1, service.program(body.steer))
+        return {"ok": True}
+
+    # -- the OpenAI API ---------------------------------------------------------------------------
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [_model(service.name)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        if name != service.name:
+            raise RefusedError(404, f"the model here is {service.name}")
+        return _model(service.name)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        prompts = body.prompts()
+        encoded = [service.encode(p) for p in prompts]
+        echoes = [""] * len(prompts)
+        if body.echo:
+            echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in prompts]
+
+        def choice(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
+            front = echoes[i // (body.n or 1)] if first else ""
+            return {"text": front + text, "index": i, "logprobs": None, "finish_reason": finish}
+
+        return await _answer(
+            service, body, request, encoded, body.max_tokens or 16, "cmpl", "text_completion",
+            "text_completion", choice, choice,
+        )  # fmt: skip
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        ids = service.encode_chat([{"role": m.role, "content": m.text} for m in body.messages])
+
+        def whole(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
+            message = {"role": "assistant", "content": text}
+            return {"index": i, "message": message, "logprobs": None, "finish_reason": finish}
+
+        def delta(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
+            made: dict[str, Any] = {"content": text} if text or first else {}
+            if first:
+                made = {"role": "assistant", **made}
+            return {"index": i, "delta": made, "logprobs": None, "finish_reason": finish}
+
+        wanted = body.max_completion_tokens or body.max_tokens or 256
+        room = service.context - len(ids)
+        if body.max_completion_tokens is None and body.max_tokens is None and room > 0:
+            wanted = min(wanted, room, service.limits.new_tokens)
+        return await _answer(
+            service, body, request, [ids], wanted, "chatcmpl", "chat.completion",
+            "chat.completion.chunk", whole, delta,
+        )  # fmt: skip
+
+    app.add_middleware(Guard, limits=service.limits, token=token, hosts=hosts)
+    return app
+
+
+_Choice = Callable[[int, str, "str | None", bool], dict[str, Any]]
+
+
+async def _answer(
+    service: Service,
+    body: Generation,
+    request: Request,
+    prompts: list[list[int]],
+    max_tokens: int,
+    prefix: str,
+    kind: str,
+    chunk_kind: str,
+    whole: _Choice,
+    part: _Choice,
+) -> Response:
+    """Whole, or as a stream of parts. Prompts times n sequences, a prompt's own side by side."""
+    n = body.n or 1
+    if n > service.limits.sequences:
+        raise RefusedError(400, f"n: at most {service.limits.sequences}")
+    program = service.program(body.steer)
+    every = [ids for ids in prompts for _ in range(n)]
+    job = service.start(every, body, max_tokens, [program] * len(every), body.stops)
+    head = {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": service.name,
+    }
+
+    def usage() -> dict[str, int]:
+        return {
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": job.new_tokens,
+            "total_tokens": job.prompt_tokens + job.new_tokens,
+        }
+
+    if body.stream:
+
+        async def events() -> AsyncIterator[str]:
+            begun: set[int] = set()
+            try:
+                async for piece in job.pieces():
+                    if piece.error:
+                        yield _sse(error_body("generation failed", "server_error"))
+                        break
+                    choice = part(piece.index, piece.text, _reason(piece), piece.index not in begun)
+                    begun.add(piece.index)
+                    yield _sse({**head, "object": chunk_kind, "choices": [choice]})
+                if body.wants_usage:
+                    yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
+                yield "data: [DONE]\n\n"
+            finally:
+                job.cancel()
+
+        return _stream(events())
+
+    texts, reasons = [""] * len(every), ["length"] * len(every)
+    try:
+        async for piece in _while_connected(request, job):
+            if piece.error:
+                return _error(500, "generation failed", "server_error")
+            texts[piece.index] += piece.text
+            reasons[piece.index] = _reason(piece) or reasons[piece.index]
+    except _GoneError:
+        return Response(status_code=499)
+    finally:
+        job.cancel()
+    choices = [whole(i, text, reasons[i], True) for i, text in enumerate(texts)]
+    return JSONResponse({**head, "object": kind, "choices": choices, "usage": usage()})
+
+
+class _GoneError(Exception):
+    pass
+
+
+async def _while_connected(request: Request, job: Job) -> AsyncIterator[Piece]:
+    """The job's pieces, while there is somebody to send them to."""
+    pieces = job.pieces().__aiter__()
+    pending: asyncio.Task[Piece] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(pieces.__anext__())  # type: ignore[arg-type]
+            done, _ = await asyncio.wait({pending}, timeout=_POLL)
+            if not done:
+                if await request.is_disconnected():
+                    raise _GoneError
+                continue
+            task, pending = pending, None
+            try:
+                piece = task.result()
+            except StopAsyncIteration:
+                return
+            yield piece
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+def _reason(piece: Piece) -> str | None:
+    """A time limit is the length that there was time for."""
+    return "length" if piece.finish in (TIME, CANCELLED) else piece.finish
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "fastsae"}
+
+
+def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
+    return JSONResponse(error_body(message, kind), status_code=status)
+
+
+def _sse(data: Any) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _stream(events: AsyncIterator[str]) -> Response:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -1,0 +1,372 @@
+"""Continuous batching: every sequence with its own program, sampling and end, in one batch.
+
+A thread of its own runs the model. Sequences join after their prompt was read, one token is
+generated for all of them at a time, and one that ends or whose reader is gone leaves at once. A
+sequence depends on its own request only: its program, its generator, its positions (the batch is
+padded on the left, the padding masked), up to the rounding of products of another batch size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..steer import Steerer
+from ..steer.operations import Operation
+
+LENGTH, STOP, TIME, CANCELLED = "length", "stop", "time", "cancelled"
+
+
+class FullError(Exception):
+    """As many sequences run and wait as are allowed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the likeliest token; top_p cuts the tail of the distribution."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token, or the end of a sequence: its reason, or what went wrong."""
+
+    token: int | None = None
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence. Made by `Engine.submit`."""
+
+    prompt: list[int]
+    program: Sequence[Operation] | None
+    sampling: Sampling
+    max_tokens: int
+    deadline: float  # of time.monotonic
+    emit: Callable[[Event], None]  # called in the engine's thread
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    generated: list[int] = field(default_factory=list)
+    cancelled: bool = False
+
+
+class Engine:
+    """The model, its steerer and the batch.
+
+    Args:
+        model: a causal language model of transformers whose cache is a `DynamicCache`.
+        steerer: attached to it, with max_batch >= rows and max_slots >= rows; None: no steering.
+        eos: token ids that end a sequence.
+        rows: sequences generated at a time.
+        waiting: sequences that may wait for a place.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        steerer: Steerer | None,
+        eos: Sequence[int] = (),
+        rows: int = 32,
+        waiting: int = 512,
+    ) -> None:
+        self.model, self.steerer, self.rows = model, steerer, rows
+        self._eos = frozenset(eos)
+        self._room = rows + waiting
+        self._device = next(model.parameters()).device
+        self._wake = threading.Condition()
+        self._waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
+        self._count = 0  # rows that wait or run
+        self._closed = False
+        self._live: list[Row] = []
+        self._cache: Any = None
+        self._mask: torch.Tensor | None = None  # [B, T]: columns of the cache that hold a token
+        self._in_force: list[Sequence[Operation] | None] = []
+        takes = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._thread = threading.Thread(target=self._run, name="fastsae-engine", daemon=True)
+        self._thread.start()
+
+    # -- from any thread --------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        emit: Callable[[Event], None],
+        *,
+        program: Sequence[Operation] | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = 64,
+        seconds: float = 120.0,
+    ) -> Row:
+        """Adds a sequence; `emit` gets its tokens and then one end.
+
+        Raises:
+            FullError: no room to wait.
+            ValueError: the prompt is empty, or the program does not fit the SAE.
+        """
+        return self.submit_all([(prompt, emit, program)], sampling, max_tokens, seconds)[0]
+
+    def submit_all(
+        self,
+        sequences: Sequence[
+            tuple[Sequence[int], Callable[[Event], None], Sequence[Operation] | None]
+        ],
+        sampling: Sampling | Sequence[Sampling] | None,
+        max_tokens: int,
+        seconds: float,
+    ) -> list[Row]:
+        """All of them or none."""
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = [sampling or Sampling()] * len(sequences)
+        rows = []
+        for (prompt, emit, program), how in zip(sequences, sampling, strict=True):
+            if len(prompt) == 0:
+                raise ValueError("the prompt is empty")
+            self.check(program)
+            row = Row(
+                list(prompt), program or None, how, max_tokens, time.monotonic() + seconds, emit
+            )
+            row.generator.manual_seed(how.seed)
+            rows.append(row)
+        with self._wake:
+            if self._closed:
+                raise FullError("the server is shutting down")
+            if self._count + len(rows) > self._room:
+                raise FullError("too many requests are waiting")
+            self._count += len(rows)
+            for row in rows:
+                self._waiting.put(row)
+            self._wake.notify()
+        return rows
+
+    def check(self, program: Sequence[Operation] | None) -> None:
+        """Raises ValueError when the program does not fit."""
+        if program:
+            if self.steerer is None:
+                raise ValueError("this server has no SAE to steer with")
+            self.steerer.check(program)
+
+    def change(self, row: Row, program: Sequence[Operation] | None) -> None:
+        """Another program, from the next token on. What has been read stays as it was read."""
+        self.check(program)
+        row.program = program or None
+
+    def cancel(self, row: Row) -> None:
+        """Frees the row's place before the next token."""
+        row.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+    @property
+    def load(self) -> int:
+        """Sequences that wait or run."""
+        return self._count
+
+    def close(self) -> None:
+        """Ends every sequence and the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    # -- in the engine's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and not self._live and self._waiting.empty():
+                    self._wake.wait()
+                if self._closed:
+                    break
+            try:
+                with torch.inference_mode():
+                    self._turn()
+            except Exception as error:  # the batch is lost, the server is not
+                self._in_force = []
+                if self.steerer is not None:
+                    self.steerer.clear()
+                rows, self._live, self._cache, self._mask = self._live, [], None, None
+                for row in rows:
+                    self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
+        while not self._waiting.empty():
+            self._live.append(self._waiting.get())
+        for row in self._live:
+            self._finish(row, Event(finish=CANCELLED))
+        self._live = []
+
+    def _turn(self) -> None:
+        self._leave()
+        new: list[Row] = []
+        while len(self._live) + len(new) < self.rows and not self._waiting.empty():
+            row = self._waiting.get()
+            why = self._over(row)
+            if why is None:
+                new.append(row)
+            else:
+                self._finish(row, Event(finish=why))
+        if self._live:
+            self._step()
+        if new:
+            self._join(new)
+
+    def _over(self, row: Row) -> str | None:
+        if row.cancelled:
+            return CANCELLED
+        return TIME if time.monotonic() > row.deadline else None
+
+    def _finish(self, row: Row, event: Event) -> None:
+        with self._wake:
+            self._count -= 1
+        row.emit(event)
+
+    def _leave(self) -> None:
+        """Rows whose reader is gone or whose time is over, and those that have ended."""
+        kept = []
+        for i, row in enumerate(self._live):
+            why = self._over(row)
+            if why is None and row.generated and row.generated[-1] in self._eos:
+                why = STOP
+            elif why is None and len(row.generated) >= row.max_tokens:
+                why = LENGTH
+            if why is None:
+                kept.append(i)
+            else:
+                self._finish(row, Event(finish=why))
+        if len(kept) == len(self._live):
+            return
+        self._live = [self._live[i] for i in kept]
+        if not kept:
+            self._cache = self._mask = None
+            return
+        assert self._mask is not None
+        at = torch.tensor(kept, device=self._device)
+        mask = self._mask[at]
+        first = int(mask.any(0).to(torch.uint8).argmax())  # columns that only the leavers used
+        self._mask = mask[:, first:]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[at, :, first:]
+            layer.values = layer.values[at, :, first:]
+
+    def _join(self, new: list[Row]) -> None:
+        """Reads the prompts of new rows, takes their first token and puts them into the batch."""
+        from transformers import DynamicCache
+
+        longest = max(len(row.prompt) for row in new)
+        ids = torch.zeros(len(new), longest, dtype=torch.long)
+        mask = torch.zeros(len(new), longest, dtype=torch.long)
+        for i, row in enumerate(new):
+            ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
+            mask[i, longest - len(row.prompt) :] = 1
+        mask = mask.to(self._device)
+        cache = DynamicCache()
+        old, self._live = self._live, new  # should it fail, these are the rows that it fails for
+        try:
+            logits = self._forward(
+                new, ids.to(self._device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache
+            )
+        except Exception as error:
+            self._live = old
+            for row in new:
+                self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
+            return
+        if old:
+            assert self._mask is not None
+            width = max(self._mask.shape[1], longest)
+            mask = torch.cat([_widened(m, width, 1) for m in (self._mask, mask)])
+            for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                for name in ("keys", "values"):
+                    both = (getattr(mine, name), getattr(theirs, name))
+                    setattr(mine, name, torch.cat([_widened(t, width, 2) for t in both]))
+        else:
+            self._cache = cache
+        self._mask, self._live = mask, [*old, *new]
+        self._take(new, logits)
+
+    def _step(self) -> None:
+        """One token for every row."""
+        assert self._mask is not None
+        last = torch.tensor([[row.generated[-1]] for row in self._live], device=self._device)
+        position = self._mask.sum(1, keepdim=True)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(last), 1)], 1)
+        logits = self._forward(self._live, last, self._mask, position, self._cache)
+        self._take(self._live, logits)
+
+    def _forward(
+        self,
+        rows: list[Row],
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        position: torch.Tensor,
+        cache: Any,
+    ) -> torch.Tensor:
+        """Logits [B, V] of the last column."""
+        self._put_in_force([row.program for row in rows])
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+            use_cache=True, **self._last_only,
+        )  # fmt: skip
+        return out.logits[:, -1].float()
+
+    def _put_in_force(self, programs: list[Sequence[Operation] | None]) -> None:
+        """The steerer's tables are written when a row comes, goes or changes its program."""
+        same = len(programs) == len(self._in_force) and all(
+            a is b for a, b in zip(programs, self._in_force)
+        )
+        if self.steerer is None or same:
+            return
+        if any(self._in_force):
+            self.steerer.clear()
+        self._in_force = []
+        if any(programs):
+            self.steerer.set(programs)
+        self._in_force = programs
+
+    def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
+        for row, token in zip(rows, sample(logits, rows), strict=True):
+            row.generated.append(token)
+            if token not in self._eos and not row.cancelled:
+                row.emit(Event(token=token))
+
+
+def _widened(tensor: torch.Tensor, width: int, axis: int) -> torch.Tensor:
+    """Zeros in front along an axis."""
+    missing = width - tensor.shape[axis]
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], axis)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """A token for each row of logits [B, V], by the row's own sampling and generator."""
+    # an edit far out of range may leave NaN: such a token is as good as any, and never an error
+    logits = logits.nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30)
+    chosen = logits.argmax(-1)
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        how = [rows[i].sampling for i in drawn]
+        heat = torch.tensor([max(s.temperature, 1e-4) for s in how], device=logits.device)
+        top_p = torch.tensor([s.top_p for s in how], device=logits.device)
+        scaled = (logits[drawn] / heat[:, None]).double()
+        best, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = best.cumsum(-1) - best
+        best = best * (before < top_p[:, None])  # the likeliest one always stays
+        total = best.cumsum(-1)
+        u = torch.stack([torch.rand((), generator=rows[i].generator) for i in drawn]).double()
+        at = (total <= (u.to(total.device) * total[:, -1])[:, None]).sum(-1)
+        at = at.clamp(max=logits.shape[-1] - 1)
+        chosen[drawn] = order.gather(1, at[:, None])[:, 0]
+    tokens: list[int] = chosen.tolist()
+    return tokens

@@ -1,0 +1,200 @@
+"""What a request may be. Everything else is refused before it is acted on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
+
+from .. import steer
+from ..steer.operations import Operation
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all of them together, may take.
+
+    Attributes:
+        body_bytes: of a request's body; also `body_seconds` for it to arrive.
+        prompt_tokens, new_tokens: of a sequence.
+        sequences: that one request may ask for (prompts times n).
+        seconds: until a sequence is ended where it stands.
+        rows, waiting: sequences generated at a time, and waiting for a place.
+    """
+
+    body_bytes: int = 256 << 10
+    body_seconds: float = 20.0
+    prompt_tokens: int = 1024
+    new_tokens: int = 512
+    sequences: int = 16
+    seconds: float = 120.0
+    rows: int = 32
+    waiting: int = 512
+
+
+MAX_OPS = 32  # entries of a program
+
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Latent = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Unit = Literal["max", "raw"]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has a lone surrogate in it") from None
+    return text
+
+
+class _Model(BaseModel):
+    # clients send fields that are not known here (user, service_tier, ...): they are ignored
+    model_config = ConfigDict(extra="ignore")
+
+
+class When(_Model):
+    """Acts only where this latent's activation exceeds `above`."""
+
+    latent: Latent
+    above: Finite = 0.0
+    unit: Unit = "raw"
+
+
+class Edit(BaseModel):
+    """One operation of `fastsae.steer` on a latent."""
+
+    model_config = ConfigDict(extra="forbid")  # a misspelt edit must not steer with a default
+
+    latent: Latent
+    op: Literal["clamp", "min_clamp", "scale", "ablate", "add"] = "clamp"
+    value: Finite | None = None
+    unit: Unit = "max"
+    when: When | None = None
+
+    def operation(self) -> Operation:
+        """Raises ValueError when a value is missing."""
+        when = None
+        if self.when is not None:
+            when = steer.active(self.when.latent, self.when.above, self.when.unit)
+        if self.op == "ablate":
+            return steer.ablate(self.latent, when)
+        if self.value is None:
+            raise ValueError(f"steer: {self.op} needs a value")
+        if self.op == "scale":
+            return steer.scale(self.latent, self.value, when)
+        make = {"clamp": steer.clamp, "min_clamp": steer.min_clamp, "add": steer.add}[self.op]
+        return make(self.latent, self.value, self.unit, when)
+
+
+Program = Annotated[list[Edit], Field(max_length=MAX_OPS)]
+
+
+def operations(program: list[Edit] | None) -> list[Operation] | None:
+    return [edit.operation() for edit in program] if program else None
+
+
+class Sampled(_Model):
+    """What completions, chats and the page have in common."""
+
+    steer: Program | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class Generation(Sampled):
+    """A request of the OpenAI API; `model` is not looked at, there is one."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: StrictBool | None = False
+    stream_options: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+_Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(Generation):
+    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)]
+    echo: StrictBool | None = False
+    logprobs: None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: Any) -> Any:
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            if isinstance(text, str):
+                _encodable(text)
+        return prompt
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class Part(_Model):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: Any) -> Any:
+        for part in [content] if isinstance(content, str) else [p.text for p in content]:
+            _encodable(part)
+        return content
+
+
+class ChatRequest(Generation):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class PageRequest(Sampled):
+    """The page: one prompt, written on twice."""
+
+    prompt: Annotated[str, StringConstraints(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        return _encodable(prompt)
+
+
+class SteerRequest(BaseModel):
+    """The page's sliders, moved while text is being written."""
+
+    model_config = ConfigDict(extra="forbid")
+    steer: Program

@@ -1,0 +1,271 @@
+"""The model that is served: its tokenizer, its latents, and requests turned into sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..features.tokens import TokenText
+from ..steer import SAEDescription
+from ..steer.operations import Operation
+from .engine import Engine, Event, Row, Sampling
+from .protocol import Limits, Sampled, operations
+from .text import TextStream
+
+_LABELS = 6  # tokens that describe a latent
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status and a reason."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Piece:
+    """What one sequence has next: text, or its end."""
+
+    index: int
+    text: str
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Job:
+    """Sequences of one request, read as they grow."""
+
+    engine: Engine
+    rows: list[Row]
+    texts: list[TextStream]
+    events: asyncio.Queue[tuple[int, Event]]
+    prompt_tokens: int
+    new_tokens: int = 0
+    open: set[int] = field(default_factory=set)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Until every sequence has ended. Leaving early frees the rows (`cancel`)."""
+        self.open = set(range(len(self.rows)))
+        while self.open:
+            i, event = await self.events.get()
+            if i not in self.open:
+                continue
+            text = self.texts[i]
+            if event.token is not None:
+                self.new_tokens += 1
+                piece = text.push(event.token)
+                if text.stopped:
+                    self.engine.cancel(self.rows[i])
+                    self.open.discard(i)
+                    yield Piece(i, piece, "stop")
+                elif piece:
+                    yield Piece(i, piece)
+                continue
+            self.open.discard(i)
+            if event.error is not None:
+                yield Piece(i, "", error=event.error)
+            else:
+                rest = text.end()
+                finish = "stop" if text.stopped else event.finish
+                yield Piece(i, rest, finish)
+
+    def cancel(self) -> None:
+        for row in self.rows:
+            self.engine.cancel(row)
+
+    def change(self, index: int, program: Sequence[Operation] | None) -> None:
+        self.engine.change(self.rows[index], program)
+
+
+class Service:
+    """One model, one site, one SAE.
+
+    Args:
+        readout: [D, V], what each dimension of the site adds to the logits, or None.
+        labels: what is known of some latents, e.g. from a quickstart's report: index -> tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        engine: Engine,
+        sae: SAEDescription | None,
+        readout: torch.Tensor | None,
+        limits: Limits,
+        context: int,
+        labels: dict[int, list[str]] | None = None,
+        site: str = "",
+    ) -> None:
+        self.name, self.tokenizer, self.engine, self.sae = name, tokenizer, engine, sae
+        self.limits, self.context, self.site = limits, context, site
+        self._readout = readout
+        self._labels = labels or {}
+        self._token = TokenText(tokenizer)
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """With the model's BOS in front of a text, when it has one."""
+        if isinstance(prompt, list):
+            vocabulary = len(self.tokenizer)
+            if any(token >= vocabulary for token in prompt):
+                raise RefusedError(400, f"prompt: token ids must be below {vocabulary}")
+            return prompt
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        first = self.tokenizer.bos_token_id
+        return ids if first is None else [first, *ids]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """By the tokenizer's template; a model without one reads the messages as plain text."""
+        if getattr(self.tokenizer, "chat_template", None):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            except Exception as error:  # templates refuse orders of roles in their own ways
+                raise RefusedError(400, f"messages: the chat template says: {error}") from error
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
+        return self.encode("\n".join(m["content"] for m in messages))
+
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        request: Sampled,
+        max_tokens: int,
+        programs: Sequence[list[Operation] | None],
+        stops: Sequence[str] = (),
+        same_seed: bool = False,
+    ) -> Job:
+        """Raises RefusedError for what does not fit, FullError when there is no room."""
+        limits = self.limits
+        if len(prompts) > limits.sequences:
+            raise RefusedError(400, f"at most {limits.sequences} sequences a request")
+        if max_tokens > limits.new_tokens:
+            raise RefusedError(400, f"max_tokens: at most {limits.new_tokens}")
+        for ids in prompts:
+            if not ids:
+                raise RefusedError(400, "the prompt is empty")
+            if len(ids) > limits.prompt_tokens:
+                raise RefusedError(
+                    400, f"the prompt has {len(ids)} tokens, at most {limits.prompt_tokens}"
+                )
+            if len(ids) + max_tokens > self.context:
+                raise RefusedError(
+                    400, f"the prompt's {len(ids)} tokens and max_tokens {max_tokens} are more "
+                    f"than the model's context of {self.context}"
+                )  # fmt: skip
+        seed = secrets.randbelow(2**62) if request.seed is None else request.seed
+        temperature = 1.0 if request.temperature is None else request.temperature
+        top_p = 1.0 if request.top_p is None else request.top_p
+        sampling = [
+            Sampling(temperature, top_p, _seed(seed + (0 if same_seed else i)))
+            for i in range(len(prompts))
+        ]
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+
+        def emit(index: int) -> Any:
+            def put(event: Event) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            return put
+
+        try:
+            rows = self.engine.submit_all(
+                [(ids, emit(i), programs[i]) for i, ids in enumerate(prompts)],
+                sampling,
+                max_tokens,
+                limits.seconds,
+            )
+        except ValueError as error:
+            raise RefusedError(400, str(error)) from error
+        texts = [TextStream(self.tokenizer, stops) for _ in rows]
+        return Job(self.engine, rows, texts, events, sum(map(len, prompts)))
+
+    def program(self, edits: Any) -> list[Operation] | None:
+        try:
+            program = operations(edits)
+            self.engine.check(program)
+        except ValueError as error:
+            raise RefusedError(400, str(error)) from error
+        return program
+
+    # -- latents ----------------------------------------------------------------------------------
+
+    def features(self, query: str, limit: int) -> list[dict[str, Any]]:
+        """Latents for the page: by number, or those that promote the words looked for.
+
+        Without a query, those that the labels know first.
+        """
+        if self.sae is None:
+            return []
+        n_latents = len(self.sae.W_dec)
+        query = query.strip()
+        if query.isdigit() and len(query) < 10:
+            found = [int(query)] if int(query) < n_latents else []
+        elif query:
+            found = self._promoting(query, limit)
+        else:
+            found = [*self._labels, *(j for j in range(limit) if j not in self._labels)]
+            found = [j for j in found if j < n_latents]
+        return [self._described(j) for j in found[:limit]]
+
+    def _promoting(self, query: str, limit: int) -> list[int]:
+        """Those labelled with the text, then those whose decoder row raises its tokens most."""
+        known = [
+            j for j, words in self._labels.items() if any(query.lower() in w.lower() for w in words)
+        ]
+        if self.sae is None or self._readout is None:
+            return known
+        forms = (query, " " + query)
+        encoded = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in forms]
+        tokens = sorted({ids[0] for ids in encoded if ids})
+        if not tokens:
+            return known
+        columns = self._readout[:, tokens].to(self.sae.W_dec.dtype)
+        effect = (self.sae.W_dec @ columns).amax(1)
+        best = effect.topk(min(limit, len(effect))).indices.tolist()
+        return [*known, *(j for j in best if j not in known)]
+
+    def _described(self, latent: int) -> dict[str, Any]:
+        assert self.sae is not None
+        words = self._labels.get(latent)
+        if words is None:
+            words = []
+            if self._readout is not None:
+                effect = self.sae.W_dec[latent].to(self._readout.dtype) @ self._readout
+                top = effect.topk(min(_LABELS, len(effect))).indices.tolist()
+                words = [self._token[t] for t in top if t < len(self.tokenizer)]
+        largest = self.sae.max_activation
+        return {
+            "latent": latent,
+            "words": words[:_LABELS],
+            "max": None if largest is None else round(float(largest.values[latent]), 4),
+        }
+
+
+def _seed(seed: int) -> int:
+    return seed % 2**63
+
+
+def labels_of(report: Path) -> dict[int, list[str]]:
+    """What a quickstart's report says that its latents fire on and promote; {} when unreadable."""
+    try:
+        features = json.loads(report.read_text())["features"]
+        return {
+            int(f["index"]): [t for t, _ in [*f["fires_on"][:3], *f["promotes"][:4]]]
+            for f in features
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
