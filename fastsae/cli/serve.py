@@ -47,8 +47,8 @@ def serve(
         from ..serve.protocol import Limits
     except ImportError as error:
         fail_missing(error)
-    if token is not None and not (token.isascii() and token.strip() == token and token):
-        fail("--token must be printable ASCII without spaces around it")
+    if token is not None and not (token and all("!" <= c <= "~" for c in token)):
+        fail("--token must be printable ASCII without spaces")
     limits = Limits(
         rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         seconds=seconds,

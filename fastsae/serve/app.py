@@ -258,26 +258,28 @@ class _GoneError(Exception):
 
 async def _while_connected(request: Request, job: Job) -> AsyncIterator[Piece]:
     """The job's pieces, while there is somebody to send them to."""
+    async def gone() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(_POLL)
+
     pieces = job.pieces().__aiter__()
-    pending: asyncio.Task[Piece] | None = None
+    watch = asyncio.ensure_future(gone())
+    following: asyncio.Future[Piece] | None = None
     try:
         while True:
-            if pending is None:
-                pending = asyncio.ensure_future(pieces.__anext__())  # type: ignore[arg-type]
-            done, _ = await asyncio.wait({pending}, timeout=_POLL)
-            if not done:
-                if await request.is_disconnected():
-                    raise _GoneError
-                continue
-            task, pending = pending, None
+            following = asyncio.ensure_future(pieces.__anext__())  # type: ignore[arg-type]
+            await asyncio.wait({following, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                raise _GoneError
             try:
-                piece = task.result()
+                piece = following.result()
             except StopAsyncIteration:
                 return
             yield piece
     finally:
-        if pending is not None:
-            pending.cancel()
+        watch.cancel()
+        if following is not None:
+            following.cancel()
 
 
 def _reason(piece: Piece) -> str | None:
