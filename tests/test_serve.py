@@ -521,11 +521,9 @@ json_values = st.recursive(
     lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=8), v, max_size=4),
     max_leaves=12,
 )
-FIELDS = (
-    "prompt messages max_tokens max_completion_tokens n stop stream stream_options temperature "
-    "top_p seed model echo logprobs tools best_of suffix"
-).split()  # noqa: SIM905
-bodies = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6)
+NAMES = """prompt messages max_tokens max_completion_tokens n stop stream stream_options
+    temperature top_p seed model echo logprobs tools best_of suffix"""
+bodies = st.dictionaries(st.sampled_from(NAMES.split()), json_values, max_size=6)
 edits = st.lists(
     st.fixed_dictionaries(
         {},

@@ -11,9 +11,10 @@ from .topk_encode import topk_encode
 
 _OP = "topk_member"
 
-# Up to so many tokens, counting who beats a latent is faster than selecting the k best of all.
+# Up to so many tokens, counting who beats a latent is used; selecting the k best of all is level
+# with it at 32 tokens whose latents are active, and ten times slower where they are not.
 # CPU: benchmarks/bench_topk_member.py. GPU: unverified, a guess.
-_COUNTS = {"cpu": 24, "cuda": 16}
+_COUNTS = {"cpu": 48, "cuda": 16}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
 
 
@@ -58,6 +59,8 @@ def topk_member(
     Source: the counting form of TopK membership; the activation is Gao et al. 2024's.
     """
     codes, bounds = (None, None) if screen is None else screen
+    if _common.unobserved(x, W_enc):
+        return _run(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
     out: torch.Tensor = torch.ops.fastsae.topk_member(
         x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
     )
@@ -154,8 +157,10 @@ def _run(
     _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
     F = W_enc.shape[0]
     rows = _common.flat(x)
-    # clamped, not wrapped: a latent that int32 cannot hold stays out of range
-    wanted = _common.flat(latents.clamp(-2, F).to(torch.int32))
+    if latents.dtype == torch.int64:
+        # clamped, not wrapped: a latent that int32 cannot hold stays out of range
+        latents = latents.clamp(-2, F).to(torch.int32)
+    wanted = _common.flat(latents)
     if len(rows) > _COUNTS.get(x.device.type, 0):
         return _among(rows, W_enc, b_enc, wanted, k, rank_scale, positive).view(latents.shape)
     out: torch.Tensor = _dispatch.select(_OP, x)(

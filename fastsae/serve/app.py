@@ -258,6 +258,7 @@ class _GoneError(Exception):
 
 async def _while_connected(request: Request, job: Job) -> AsyncIterator[Piece]:
     """The job's pieces, while there is somebody to send them to."""
+
     async def gone() -> None:
         while not await request.is_disconnected():
             await asyncio.sleep(_POLL)

@@ -101,7 +101,6 @@ class Steerer:
         self._sequences = 0  # of the programs in force; 0: none
         self._current = self._slots[:0]
         self._run = self._prepared()
-        self._longest = 1  # entries of the longest program in force
         self._selects = False  # does an entry ask for membership among the k?
         self._screen: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._positions = prompt_and_generated()
@@ -240,7 +239,6 @@ class Steerer:
             buffer[:used, : shape[1]].copy_(table)
         self._slots.zero_()
         self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
-        self._longest = shape[1]
         self._selects = bool((code[..., 1] & codes.MEMBER).any())
 
     def _entries(self, program: Program) -> list[_Entry]:
@@ -373,7 +371,7 @@ class Steerer:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
         sae = self.sae
         assert sae is not None and sae.k is not None
-        latents = self._latents[self._current.long()]  # [P, O]
+        latents = self._latents.index_select(0, self._current)  # [P, O], -1 where there is none
         u = x.to(sae.W_enc.dtype)
         if sae.norm != "none":
             u = normalised(u.flatten(0, -2), sae.norm, sae.eps)[0].view(x.shape)
@@ -381,13 +379,11 @@ class Steerer:
             u = u * sae.input_scale
         if sae.subtract_b_dec:
             u = u - sae.b_dec
-        wanted = latents[:, : self._longest].view(len(latents), *[1] * (x.dim() - 2), -1)
-        member = torch.zeros(*x.shape[:-1], latents.shape[1], dtype=torch.bool, device=x.device)
-        member[..., : self._longest] = ops.topk_member(
-            u, sae.W_enc, sae.b_enc, wanted.expand(*x.shape[:-1], -1), sae.k,
-            rank_scale=sae.rank_scale, positive=not sae.identity, screen=self._screened(),
+        wanted = latents.view(len(latents), *[1] * (x.dim() - 2), -1).expand(*x.shape[:-1], -1)
+        return ops.topk_member(
+            u, sae.W_enc, sae.b_enc, wanted, sae.k, rank_scale=sae.rank_scale,
+            positive=not sae.identity, screen=self._screened(),
         )  # fmt: skip
-        return member
 
     def _screened(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The screen of W_enc where it is used, made again when W_enc was written to."""
