@@ -16,6 +16,7 @@ namespace fastsae {
 namespace topk_member {
 constexpr int64_t kLatents = 256;  // scored at a time
 constexpr int64_t kTokens = 4;     // share a pass over the weights
+constexpr int64_t kAlone = 2;      // times kLatents, before more threads are woken
 }  // namespace topk_member
 }  // namespace fastsae
 
@@ -72,10 +73,13 @@ class Counter {
   }
 
   void run(bool* member) {
-    const int64_t pieces = (p_.F + kLatents - 1) / kLatents;
-    const int64_t work = p_.F * p_.D * tokens_;
-    if (!pairs_.empty()) {
-      parallel_each(pieces, threads_for(pieces, work), [&](int64_t i) { count(i * kLatents); });
+    // the first few show most latents to be no members, before a second thread could wake
+    const int64_t pieces = (p_.F + kLatents - 1) / kLatents, alone = std::min(kAlone, pieces);
+    for (int64_t i = 0; i < alone && open(); ++i) count(i * kLatents);
+    if (open()) {
+      const int64_t rest = pieces - alone;
+      parallel_each(rest, threads_for(rest, rest * kLatents * p_.D * tokens_),
+                    [&](int64_t i) { count((alone + i) * kLatents); });
     }
     for (size_t i = 0; i < pairs_.size(); ++i) member[pairs_[i].place] = counts_[i] < p_.k;
   }
@@ -111,11 +115,16 @@ class Counter {
     portable::topk_member::scores<A, Row>(x, tokens, w, n, p_.D, out);
   }
 
+  bool open() const {
+    for (auto& c : counts_) {
+      if (c.load(std::memory_order_relaxed) < p_.k) return true;
+    }
+    return false;
+  }
+
   // Adds the latents [begin, begin + kLatents) that beat a pair to its count.
   void count(int64_t begin) {
-    bool open = false;
-    for (auto& c : counts_) open |= c.load(std::memory_order_relaxed) < p_.k;
-    if (!open) return;
+    if (!open()) return;
     const int64_t n = std::min(kLatents, p_.F - begin);
     std::array<A, kTokens * kLatents> low, high;  // bounds of the ranks; equal where known
     if (p_.codes) {
@@ -220,11 +229,15 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                               F,
                               k,
                               positive};
-    for (int64_t n = 0; n < N; n += kTokens) {
-      const int64_t tokens = std::min(kTokens, N - n);
+    const int64_t groups = (N + kTokens - 1) / kTokens;
+    const auto answer = [&](int64_t i) {
+      const int64_t n = i * kTokens, tokens = std::min(kTokens, N - n);
       Counter<In>(problem, data<In>(x) + n * D, tokens, wanted + n * J, J, out + n * J)
           .run(out + n * J);
-    }
+    };
+    // many groups share the threads, few are each shared by all threads
+    const int64_t threads = threads_for(groups, groups * kAlone * kLatents * D);
+    parallel_each(groups, groups >= 2 * threads ? threads : 1, answer);
   });
   return member;
 }

@@ -67,6 +67,60 @@ def topk_member(
     return out
 
 
+class Prepared:
+    """`topk_member` with weights that are checked once, for a hook that runs at every token.
+
+    See `fastsae.ops.steer.Prepared`. W_enc must not be written to: that needs another one.
+    """
+
+    def __init__(
+        self,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor | None,
+        k: int,
+        rank_scale: torch.Tensor | None = None,
+        positive: bool = False,
+    ) -> None:
+        screened = W_enc.device.type == "cpu" and W_enc.dtype != torch.float64
+        self.screen = topk_screen(W_enc) if screened else None
+        none = W_enc.new_empty(0, W_enc.shape[1])
+        no_latents = none.new_empty(0, 1, dtype=torch.int32)
+        _check(none, W_enc, b_enc, no_latents, k, rank_scale, positive, *(self.screen or ()))
+        weights = (W_enc, b_enc, rank_scale)
+        self._weights = [None if t is None else t.detach().contiguous() for t in weights]
+        self._k, self._positive = k, positive
+        self._few = _COUNTS.get(W_enc.device.type, 0)
+        self._backend = _dispatch.forced()
+        self._kernel = _dispatch.select(_OP, W_enc)
+
+    def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """x [..., D], latents [..., J] int32: [..., J] bool."""
+        W_enc, b_enc, rank_scale = self._weights
+        assert W_enc is not None
+        rows = x.numel() // max(W_enc.shape[1], 1)
+        if not (
+            0 < rows <= self._few
+            and _common.unobserved(x)
+            and x.dtype is W_enc.dtype
+            and x.is_contiguous()
+            and latents.is_contiguous()
+            and x.shape[-1] == W_enc.shape[1]
+            and x.shape[:-1] == latents.shape[:-1]
+            and latents.dtype is torch.int32
+            and x.get_device() == latents.get_device() == W_enc.get_device()
+            and _dispatch.forced() is self._backend
+        ):
+            return topk_member(
+                x, W_enc, b_enc, latents, self._k, rank_scale, self._positive, self.screen
+            )
+        codes, bounds = (None, None) if self.screen is None else self.screen
+        out: torch.Tensor = self._kernel(
+            x.view(rows, -1), W_enc, b_enc, latents.view(rows, -1), self._k, rank_scale,
+            self._positive, codes, bounds,
+        )  # fmt: skip
+        return out.view(latents.shape)
+
+
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""int8 codes of W_enc's rows and what they leave out, for `topk_member`.
 

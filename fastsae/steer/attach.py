@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .. import _steer_codes as codes
-from .. import ops
 from ..ops.steer import Prepared
+from ..ops.topk_member import Prepared as PreparedMember
 from ..reference.steer import normalised
 from ..train.activations import find_site, output_of
 from .describe import SAEDescription, describe
@@ -102,7 +102,7 @@ class Steerer:
         self._current = self._slots[:0]
         self._run = self._prepared()
         self._selects = False  # does an entry ask for membership among the k?
-        self._screen: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._member: tuple[int, PreparedMember] | None = None
         self._positions = prompt_and_generated()
         self._prompt_length: int | None = None
         self._mask: torch.Tensor | None = None
@@ -379,21 +379,22 @@ class Steerer:
             u = u * sae.input_scale
         if sae.subtract_b_dec:
             u = u - sae.b_dec
-        wanted = latents.view(len(latents), *[1] * (x.dim() - 2), -1).expand(*x.shape[:-1], -1)
-        return ops.topk_member(
-            u, sae.W_enc, sae.b_enc, wanted, sae.k, rank_scale=sae.rank_scale,
-            positive=not sae.identity, screen=self._screened(),
-        )  # fmt: skip
+        wanted = latents
+        if x.dim() > 2:
+            wanted = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
+            wanted = wanted.expand(*x.shape[:-1], -1).contiguous()
+        return self._selection()(u, wanted)
 
-    def _screened(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The screen of W_enc where it is used, made again when W_enc was written to."""
-        assert self.sae is not None
-        W_enc = self.sae.W_enc
-        if W_enc.device.type != "cpu" or W_enc.dtype == torch.float64:
-            return None
-        if self._screen is None or self._screen[0] != W_enc._version:
-            self._screen = W_enc._version, ops.topk_screen(W_enc)
-        return self._screen[1]
+    def _selection(self) -> PreparedMember:
+        """Membership among the k, made again when W_enc was written to."""
+        sae = self.sae
+        assert sae is not None and sae.k is not None
+        if self._member is None or self._member[0] != sae.W_enc._version:
+            made = PreparedMember(
+                sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
+            )
+            self._member = sae.W_enc._version, made
+        return self._member[1]
 
 
 class _Entry:
