@@ -14,9 +14,9 @@
 
 namespace fastsae {
 namespace topk_member {
-constexpr int64_t kLatents = 256;  // scored at a time
-constexpr int64_t kTokens = 4;     // share a pass over the weights
-constexpr int64_t kAlone = 2;      // times kLatents, before more threads are woken
+constexpr int64_t kLatents = 64;  // scored at a time
+constexpr int64_t kTokens = 4;    // share a pass over the weights
+constexpr int64_t kAlone = 8;     // times kLatents, before more threads are woken
 }  // namespace topk_member
 }  // namespace fastsae
 

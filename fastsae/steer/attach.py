@@ -97,6 +97,7 @@ class Steerer:
         self._param = torch.zeros(slots, max_ops, 6, dtype=wide, device=like.device)
         self._code = torch.zeros(slots, max_ops, 3, dtype=torch.int32, device=like.device)
         self._latents = torch.full((slots, max_ops), -1, dtype=torch.int32, device=like.device)
+        self._wanted = torch.full((max_batch, max_ops), -1, dtype=torch.int32, device=like.device)
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
         self._current = self._slots[:0]
@@ -239,6 +240,7 @@ class Steerer:
             buffer[:used, : shape[1]].copy_(table)
         self._slots.zero_()
         self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
+        self._wanted[: len(slots)].copy_(self._latents.index_select(0, self._slots[: len(slots)]))
         self._selects = bool((code[..., 1] & codes.MEMBER).any())
 
     def _entries(self, program: Program) -> list[_Entry]:
@@ -371,7 +373,7 @@ class Steerer:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
         sae = self.sae
         assert sae is not None and sae.k is not None
-        latents = self._latents.index_select(0, self._current)  # [P, O], -1 where there is none
+        latents = self._wanted[: self._sequences]  # [P, O], -1 where there is none
         u = x.to(sae.W_enc.dtype)
         if sae.norm != "none":
             u = normalised(u.flatten(0, -2), sae.norm, sae.eps)[0].view(x.shape)
