@@ -100,6 +100,28 @@ def test_a_model_that_is_not_there_is_one_line_and_code_2(tmp_path: Path) -> Non
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["quickstart", "--device", "nope", "--out", "{}"],  # found before any model is loaded
+        ["quickstart", "--device", "nope", "--out", "{}/deep/er"],
+        ["compare-steering", "--sae", "nope", "--feature", "0", "--out", "{}"],
+        ["bench", "--device", "nope", "--json", "{}/b.json"],
+        ["bench", "--device", "nope", "--plot", "{}"],
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    args: list[str], tmp_path: Path
+) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    done = command(*(a.format(taken) for a in args))
+    assert done.returncode == 2
+    assert f"cannot write to {taken}" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert taken.read_text() == "mine"
+
+
 def test_info_prints_json() -> None:
     done = command("info", "--json")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
+from pathlib import Path
 from typing import NoReturn
 
 INSTALL = 'pip install "fastsae-kernels[cli]"'
@@ -35,3 +37,13 @@ def fail(message: str) -> NoReturn:
     """Ends with `message` on stderr and exit code 2."""
     sys.stderr.write(f"fastsae: {message}\n")
     raise SystemExit(2)
+
+
+def check_writable(folder: Path) -> None:
+    """Ends before minutes of work when `folder`, which may not exist yet, cannot be written."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")

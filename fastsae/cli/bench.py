@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from . import fail, fail_missing
+from . import check_writable, fail, fail_missing
 
 CPU_SHAPE, GPU_SHAPE, QUICK_SHAPE = "2048x768x24576", "8192x4096x131072", "256x64x1024"
 
@@ -51,6 +51,9 @@ def bench(
             import matplotlib  # noqa: F401
         except ImportError as error:
             fail_missing(error)
+    for folder in (plot, json and json.parent):
+        if folder is not None:
+            check_writable(folder)
     cuda = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)

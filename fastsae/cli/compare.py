@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from . import fail, fail_missing
+from . import check_writable, fail, fail_missing
 from .quickstart import progress_bars
 from .steer import load_sae
 
@@ -75,6 +75,7 @@ def compare_steering(
 
     if (positive is None) != (negative is None):
         fail("give --positive and --negative, or neither")
+    check_writable(out)
     trained, statistics, hook = load_sae(sae, device, layer, hook)
     if statistics is None:
         fail(f"{sae} has no maximum activations beside it, which the strengths are multiples of")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from . import fail, fail_missing
+from . import check_writable, fail, fail_missing
 
 if TYPE_CHECKING:
     from ..quickstart.pipeline import Result
@@ -44,6 +44,7 @@ def quickstart(
 
     if layer is not None and hook is not None:
         fail("give --layer or --hook, not both")
+    check_writable(out)
     given = {"tokens": tokens, "steps": steps, "d_sae": latents, "k": k}
     settings = Settings(
         model=model, out=out, device=device, seed=seed, layer=layer, hook=hook,
