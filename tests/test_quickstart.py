@@ -128,6 +128,14 @@ def test_info_prints_json() -> None:
     assert "topk_encode" in json.loads(done.stdout)["ops"]
 
 
+def test_info_says_why_a_forced_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSAE_BACKEND", "cuda")
+    monkeypatch.setenv("COLUMNS", "200")
+    done = command("info")
+    assert done.returncode == 0, done.stderr
+    assert "cuda: the cuda kernels need a GPU tensor, got cpu" in done.stdout
+
+
 def test_import_brings_in_neither_the_cli_nor_its_packages() -> None:
     code = (
         "import sys, fastsae; bad = {'transformers', 'matplotlib', 'typer', 'jinja2', 'rich', "

@@ -52,7 +52,7 @@ def info(
             others = "\n".join(
                 f"{name}: {why}"
                 for name, why in choice["others"].items()
-                if name != choice["backend"]
+                if name != choice["backend"] or why != "usable"  # forced, and cannot run
             )
             ops.add_row(op, device, choice["backend"], escape(others))
     console.print(ops)
