@@ -6,11 +6,14 @@ import asyncio
 import http.client
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,7 @@ LIMITS = Limits(
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = ["import os\n", "def main(", "class Foo:\n    def __init__(self", "x", "for i in range(1"]
 TOKEN = "s3cret"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -744,6 +748,35 @@ def test_the_page_in_a_browser(service, tmp_path):
     finally:
         browser.close()
         server.stop()
+
+
+def test_ctrl_c_ends_streams_and_the_server(folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "fastsae", "serve", "--sae", str(folder), "--port", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(url + "/api/info")
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        body = {"prompt": "x", "max_tokens": 250, "stream": True, "temperature": 2.0}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        output, _ = process.communicate(timeout=15)
+        assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in output
+    finally:
+        process.kill()
 
 
 def test_command_line_says_what_is_wrong(folder, tmp_path):

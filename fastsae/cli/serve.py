@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,20 @@ def serve(
     shown = "localhost" if local else host
     typer.echo(f"{service.name} at http://{shown}:{port}/{'#token=' + token if token else ''}")
     typer.echo(f"OpenAI clients: base_url http://{shown}:{port}/v1   (stop with Ctrl+C)")
-    try:
-        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=10)
-    finally:
-        service.engine.close()
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """Ends what is being written first: a stream would hold the server up."""
+            threading.Thread(target=service.engine.close).start()
+            super().handle_exit(sig, frame)
+
+    Server(
+        uvicorn.Config(
+            app, host=host, port=port, log_level="warning", timeout_keep_alive=10,
+            timeout_graceful_shutdown=10,
+        )
+    ).run()  # fmt: skip
+    service.engine.close()
 
 
 def load_service(
