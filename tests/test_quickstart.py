@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ pytest.importorskip("jinja2")
 from fastsae.nn import TopKSAE
 from fastsae.quickstart.charts import Series, line_chart, ticks
 from fastsae.quickstart.page import chip, flow, render
-from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
+from fastsae.quickstart.pipeline import TIMING_KEYS, load_subject, run, write
 from fastsae.quickstart.settings import EMBEDDED_MODEL, QuickstartError, Settings
 from fastsae.steer import MaxActivations
 
@@ -98,6 +99,22 @@ def test_a_model_that_is_not_there_is_one_line_and_code_2(tmp_path: Path) -> Non
     assert "no such folder" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_hubs_retries_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    hub, shown = logging.getLogger("huggingface_hub.utils._http"), []
+
+    def offline(_name: str) -> None:
+        shown.append(hub.isEnabledFor(logging.WARNING))  # at which the retries are logged
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    with pytest.raises(QuickstartError, match="cannot load 'org/none': no network"):
+        load_subject(Settings(model="org/none"))
+    assert shown == [False]
 
 
 @pytest.mark.parametrize(

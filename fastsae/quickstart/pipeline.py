@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import ERROR, getLogger
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -186,6 +187,8 @@ def load_subject(settings: Settings) -> Subject:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # a missing network is one line of ours, not a warning for each of the hub's retries
+    getLogger("huggingface_hub").setLevel(ERROR)
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
     if looks_local and not path.is_dir():
