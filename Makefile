@@ -60,7 +60,7 @@ $(VENV)/.torch: constraints.txt
 # An editable install: Python sources are live, the kernels are rebuilt when csrc changes.
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
 	@echo "installing fastsae and compiling its kernels ..."
-	FASTSAE_BUILD=$(or $(FASTSAE_BUILD),1) $(PIP) --no-build-isolation -e '.[quickstart]'
+	FASTSAE_BUILD=$(or $(FASTSAE_BUILD),1) $(PIP) --no-build-isolation -e '.[quickstart,serve]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
