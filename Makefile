@@ -64,7 +64,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(KERNELS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) pytest pytest-xdist hypothesis fastapi uvicorn openai websockets $(TRITON)
+	$(PIP) pytest pytest-xdist hypothesis fastapi uvicorn openai httpx websockets $(TRITON)
 	# nvcc and its headers (100 MB), so that the tests compile csrc/cuda on any Linux machine
 	command -v nvcc || $(PIP) nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl || \
 		echo "no nvcc: the tests do not compile csrc/cuda"
