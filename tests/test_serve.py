@@ -259,6 +259,75 @@ def test_a_failing_model_ends_its_batch_and_not_the_server(service):
         engine.close()
 
 
+def test_rows_that_wait_end_without_a_place(service):
+    """Cancelled or out of time behind a full batch: at once, and their room is free again."""
+    engine = Engine(service.engine.model, None, rows=1, waiting=2)
+    try:
+        original = engine._step
+        engine._step = lambda: (time.sleep(0.05), original())[1]
+        running, left, late = Reader(), Reader(), Reader()
+        first = engine.submit([5], running, max_tokens=200, sampling=GREEDY)
+        while not running.tokens:
+            time.sleep(0.01)
+        engine.cancel(engine.submit([6], left))
+        engine.submit([7], late, seconds=0.1)
+        assert left.wait().end.finish == "cancelled" and late.wait().end.finish == "time"
+        assert not running.done.is_set() and engine.load == 1
+        engine.cancel(first)
+    finally:
+        engine.close()
+
+
+def test_no_row_is_lost_when_the_batch_fails_as_it_comes(service):
+    engine = Engine(service.engine.model, None, rows=4, waiting=3)
+    try:
+        original, inside, go, times = engine._step, threading.Event(), threading.Event(), []
+
+        def fails_second():
+            times.append(1)
+            inside.set()
+            assert go.wait(10)
+            if len(times) == 2:
+                raise RuntimeError("out of memory")
+            original()
+
+        engine._step = fails_second
+        first, second, odd = Reader(), Reader(), Reader()
+        engine.submit([5], first, max_tokens=90, sampling=GREEDY)
+        assert inside.wait(10)
+        engine.submit([6], second, max_tokens=3, sampling=GREEDY)  # comes with the failing step
+        go.set()
+        assert "out of memory" in first.wait().end.error
+        assert second.done.wait(10)
+        engine.submit([2**70], odd)  # fails before the model runs
+        assert odd.done.wait(10) and odd.end.error
+        assert engine.load == 0
+    finally:
+        engine.close()
+
+
+def test_a_reader_that_fails_is_alone(service):
+    engine = Engine(service.engine.model, None, rows=4, waiting=3)
+    try:
+        for events in ("token", "finish"):
+
+            def fails(event, events=events):
+                if getattr(event, events) is not None:
+                    raise RuntimeError("Event loop is closed")
+
+            other = Reader()
+            sequences = [([5], fails, None), ([6], other, None)]
+            engine.submit_all(sequences, GREEDY, 4, 60.0)
+            assert other.wait().end.error is None and other.end.finish in ("length", "stop")
+            end = time.monotonic() + 5
+            while engine.load:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert engine._thread.is_alive()
+    finally:
+        engine.close()
+
+
 def test_text_is_never_taken_back(service):
     tokenizer = service.tokenizer
     text = 'name = "größe – 漢字 🙂"\nreturn name\n'

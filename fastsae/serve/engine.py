@@ -9,9 +9,9 @@ padded on the left, the padding masked), up to the rounding of products of anoth
 from __future__ import annotations
 
 import inspect
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +85,7 @@ class Engine:
         self._room = rows + waiting
         self._device = next(model.parameters()).device
         self._wake = threading.Condition()
-        self._waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
+        self._waiting: deque[Row] = deque()  # touched under `_wake` only
         self._count = 0  # rows that wait or run
         self._closed = False
         self._live: list[Row] = []
@@ -145,8 +145,7 @@ class Engine:
             if self._count + len(rows) > self._room:
                 raise FullError("too many requests are waiting")
             self._count += len(rows)
-            for row in rows:
-                self._waiting.put(row)
+            self._waiting.extend(rows)
             self._wake.notify()
         return rows
 
@@ -185,7 +184,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and not self._live and self._waiting.empty():
+                while not self._closed and not self._live and not self._waiting:
                     self._wake.wait()
                 if self._closed:
                     break
@@ -199,26 +198,36 @@ class Engine:
                 rows, self._live, self._cache, self._mask = self._live, [], None, None
                 for row in rows:
                     self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
-        while not self._waiting.empty():
-            self._live.append(self._waiting.get())
-        for row in self._live:
+        for row in (*self._live, *self._waiting):  # closed: nothing is added any more
             self._finish(row, Event(finish=CANCELLED))
         self._live = []
 
     def _turn(self) -> None:
         self._leave()
-        new: list[Row] = []
-        while len(self._live) + len(new) < self.rows and not self._waiting.empty():
-            row = self._waiting.get()
-            why = self._over(row)
-            if why is None:
-                new.append(row)
-            else:
-                self._finish(row, Event(finish=why))
         if self._live:
             self._step()
+        new = self._admitted()
         if new:
             self._join(new)
+
+    def _admitted(self) -> list[Row]:
+        """Rows that there is room for; those that wait no longer end, room or none."""
+        new: list[Row] = []
+        over: list[tuple[Row, str]] = []
+        with self._wake:
+            kept: deque[Row] = deque()
+            for row in self._waiting:
+                why = self._over(row)
+                if why is not None:
+                    over.append((row, why))
+                elif len(self._live) + len(new) < self.rows:
+                    new.append(row)
+                else:
+                    kept.append(row)
+            self._waiting = kept
+        for row, why in over:
+            self._finish(row, Event(finish=why))
+        return new
 
     def _over(self, row: Row) -> str | None:
         if row.cancelled:
@@ -228,7 +237,14 @@ class Engine:
     def _finish(self, row: Row, event: Event) -> None:
         with self._wake:
             self._count -= 1
-        row.emit(event)
+        self._tell(row, event)
+
+    def _tell(self, row: Row, event: Event) -> None:
+        """A reader that fails (its loop is closed) is gone; the others go on."""
+        try:
+            row.emit(event)
+        except Exception:
+            row.cancelled = True
 
     def _leave(self) -> None:
         """Rows whose reader is gone or whose time is over, and those that have ended."""
@@ -263,23 +279,22 @@ class Engine:
         from transformers import DynamicCache
 
         longest = max(len(row.prompt) for row in new)
-        ids = torch.zeros(len(new), longest, dtype=torch.long)
-        mask = torch.zeros(len(new), longest, dtype=torch.long)
-        for i, row in enumerate(new):
-            ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
-            mask[i, longest - len(row.prompt) :] = 1
-        mask = mask.to(self._device)
         cache = DynamicCache()
-        old, self._live = self._live, new  # should it fail, these are the rows that it fails for
         try:
+            ids = torch.zeros(len(new), longest, dtype=torch.long)
+            mask = torch.zeros(len(new), longest, dtype=torch.long)
+            for i, row in enumerate(new):
+                ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
+                mask[i, longest - len(row.prompt) :] = 1
+            mask = mask.to(self._device)
             logits = self._forward(
                 new, ids.to(self._device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache
             )
-        except Exception as error:
-            self._live = old
+        except Exception as error:  # of the new rows only: the batch has not been touched
             for row in new:
                 self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
             return
+        old, self._live = self._live, [*self._live, *new]
         if old:
             assert self._mask is not None
             width = max(self._mask.shape[1], longest)
@@ -290,7 +305,7 @@ class Engine:
                     setattr(mine, name, torch.cat([_widened(t, width, 2) for t in both]))
         else:
             self._cache = cache
-        self._mask, self._live = mask, [*old, *new]
+        self._mask = mask
         self._take(new, logits)
 
     def _step(self) -> None:
@@ -336,7 +351,7 @@ class Engine:
         for row, token in zip(rows, sample(logits, rows), strict=True):
             row.generated.append(token)
             if token not in self._eos and not row.cancelled:
-                row.emit(Event(token=token))
+                self._tell(row, Event(token=token))
 
 
 def _widened(tensor: torch.Tensor, width: int, axis: int) -> torch.Tensor:
