@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import shutil
@@ -503,6 +504,7 @@ def test_malformed_bodies(server):
         assert httpx.get(server.url + path).status_code == 404
     assert httpx.get(server.url + "/api/features?limit=0").status_code == 400
     assert httpx.get(server.url + "/api/features?q=" + "a" * 101).status_code == 400
+    assert httpx.get(server.url + "/api/features", params={"q": "\u00b2"}).status_code == 200
 
 
 def raw(server, head, body=b"", wait=6.0):
@@ -523,6 +525,50 @@ def test_bodies_that_lie_about_their_size_or_never_come(server):
     assert raw(server, head + b"transfer-encoding: chunked", chunk * 5) == 413
     assert raw(server, head + b"content-length: 99999999") == 413
     assert raw(server, head + b"content-length: 100", b"{") == 408
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(server, service, monkeypatch):
+    read = []
+    original = service.encode
+    monkeypatch.setattr(service, "encode", lambda p: (read.append(p), original(p))[1])
+    answer = httpx.post(server.url + "/v1/completions", json={"prompt": ["x"] * 1000})
+    assert answer.status_code == 400 and "at most 4" in answer.json()["error"]["message"]
+    assert not read
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/completions"])
+def test_a_client_that_left_before_the_stream_began(service, path):
+    """The response's generator never starts then: its rows end all the same."""
+    body = json.dumps({"prompt": "x", "max_tokens": 90, "stream": True, "seed": 1}).encode()
+    jobs = []
+    original = service.start
+    service.start = lambda *a, **k: (jobs.append(original(*a, **k)), jobs[-1])[1]
+
+    async def visit():
+        came = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            return came.pop() if came else {"type": "http.disconnect"}
+
+        async def send(message):
+            raise OSError("the client is gone")
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST",
+            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "scheme": "http", "http_version": "1.1", "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        with contextlib.suppress(Exception):
+            await create_app(service)(scope, receive, send)
+
+    try:
+        asyncio.run(visit())
+        assert jobs and all(row.cancelled for row in jobs[0].rows)
+        busy(service, 0)
+    finally:
+        service.start = original
 
 
 def test_host_header_and_token(service, server):

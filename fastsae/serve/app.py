@@ -105,19 +105,19 @@ def create_app(
         chats[name] = job
 
         async def events() -> AsyncIterator[str]:
-            try:
-                yield _sse({"id": name})
-                async for piece in job.pieces():
-                    yield _sse(
-                        {"side": ("before", "after")[piece.index], "text": piece.text}
-                        | ({"finish": piece.finish} if piece.finish else {})
-                        | ({"error": piece.error} if piece.error else {})
-                    )
-            finally:
-                chats.pop(name, None)
-                job.cancel()
+            yield _sse({"id": name})
+            async for piece in job.pieces():
+                yield _sse(
+                    {"side": ("before", "after")[piece.index], "text": piece.text}
+                    | ({"finish": piece.finish} if piece.finish else {})
+                    | ({"error": piece.error} if piece.error else {})
+                )
 
-        return _stream(events())
+        def over() -> None:
+            chats.pop(name, None)
+            job.cancel()
+
+        return _Stream(events(), over)
 
     @app.post("/api/chat/{name}/steer")
     async def change(name: str, body: SteerRequest) -> Any:
@@ -141,6 +141,8 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         prompts = body.prompts()
+        if len(prompts) > service.limits.sequences:  # before the work of encoding them
+            raise RefusedError(400, f"prompt: at most {service.limits.sequences} sequences")
         encoded = [service.encode(p) for p in prompts]
         echoes = [""] * len(prompts)
         if body.echo:
@@ -221,21 +223,18 @@ async def _answer(
 
         async def events() -> AsyncIterator[str]:
             begun: set[int] = set()
-            try:
-                async for piece in job.pieces():
-                    if piece.error:
-                        yield _sse(error_body("generation failed", "server_error"))
-                        break
-                    choice = part(piece.index, piece.text, _reason(piece), piece.index not in begun)
-                    begun.add(piece.index)
-                    yield _sse({**head, "object": chunk_kind, "choices": [choice]})
-                if body.wants_usage:
-                    yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
-                yield "data: [DONE]\n\n"
-            finally:
-                job.cancel()
+            async for piece in job.pieces():
+                if piece.error:
+                    yield _sse(error_body("generation failed", "server_error"))
+                    break
+                choice = part(piece.index, piece.text, _reason(piece), piece.index not in begun)
+                begun.add(piece.index)
+                yield _sse({**head, "object": chunk_kind, "choices": [choice]})
+            if body.wants_usage:
+                yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
+            yield "data: [DONE]\n\n"
 
-        return _stream(events())
+        return _Stream(events(), job.cancel)
 
     texts, reasons = [""] * len(every), ["length"] * len(every)
     try:
@@ -300,6 +299,16 @@ def _sse(data: Any) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def _stream(events: AsyncIterator[str]) -> Response:
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+class _Stream(StreamingResponse):
+    """Server-sent events; `over` is called at their end, also when they were never begun."""
+
+    def __init__(self, events: AsyncIterator[str], over: Callable[[], None]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._over = over
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()

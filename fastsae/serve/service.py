@@ -212,7 +212,7 @@ class Service:
             return []
         n_latents = len(self.sae.W_dec)
         query = query.strip()
-        if query.isdigit() and len(query) < 10:
+        if query.isdecimal() and len(query) < 10:
             found = [int(query)] if int(query) < n_latents else []
         elif query:
             found = self._promoting(query, limit)
