@@ -55,6 +55,21 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
 
         return run
 
+    def few(fmt: str) -> h.Contender:
+        """The same with moments in few bits."""
+        kept = checks.fresh_moments(dec[0], fmt)
+
+        def run(i: int) -> None:
+            count[0] += 1
+            fastsae.ops.sparse_adam_step(
+                dec[0], *kept[:2], *sets[i % 2], grads[i % 2], lr=LR, step=count[0], unit_norm=True,
+                exp_avg_scale=kept[2], exp_avg_sq_scale=kept[3],
+            )  # fmt: skip
+
+        name = f"fastsae, unit norm, {fmt.replace('8bit', '8-bit')} moments"
+        verify = checks.adam(fastsae.ops.sparse_adam_step, start, *sets[0], grads[0], LR, fmt)
+        return h.Contender(name, run, verify)
+
     def whole(i: int) -> None:
         values, indices = sets[i % 2]
         dv = fastsae.ops.sparse_grad_values(grads[i % 2], indices, dec[0])
@@ -90,6 +105,8 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
         *units,
         h.Contender("fastsae", own(), check),
         h.Contender("fastsae, unit norm", own(unit_norm=True), check),
+        few("bf16"),
+        few("8bit"),
         h.Contender("fastsae, lazy", own(lazy=True), check),
         h.Contender(WHOLE, whole, check),
         h.Contender("torch Adam only", adam(False, False), every=2),

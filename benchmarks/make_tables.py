@@ -240,13 +240,16 @@ def quality() -> str:
     rows = load("quality_minilm")
     if not rows:
         return ""
-    groups: dict[tuple[bool, int, bool], list[Row]] = {}
+    groups: dict[tuple[bool, int, str], list[Row]] = {}
     for r in rows:
-        groups.setdefault((r["text"] == "code", r["F"], r["method"] == "plain"), []).append(r)
+        name = "dense PyTorch, torch.optim.Adam" if r["method"] == "plain" else "**fastsae**"
+        moments, dtype = r["config"].get("moments", "fp32"), r.get("dtype", "float32")
+        name += ", bf16 weights with fp32 masters" * (dtype == "bfloat16")
+        name += "" if moments == "fp32" else f", {moments.replace('8bit', '8-bit')} moments"
+        groups.setdefault((r["text"] == "code", r["F"], name), []).append(r)
     lines = []
-    for (code, f, plain), runs in sorted(groups.items()):
+    for (code, f, name), runs in sorted(groups.items()):
         fvus = [r["fvu"] for r in runs]
-        name = "dense PyTorch, torch.optim.Adam" if plain else "**fastsae**"
         lines.append([
             "code" if code else "prose", f"{f}", name, f"{len(runs)}",
             f"{sum(fvus) / len(fvus):.4f}",

@@ -9,7 +9,10 @@ does not fire it on any of the 400,000 training tokens.
 autograd and torch.optim.Adam, as the reference that says what the text allows.
 
     python benchmarks/quality_minilm.py --cache DIR [--text prose code] [--latents 3072 6144]
-                                       [--method fastsae plain]
+                                       [--method fastsae plain] [--moments fp32 bf16 8bit]
+
+`--moments` is how FusedAdam stores its moments, `--dtype bfloat16` trains bf16 weights with fp32
+masters on bf16 activations (measured in fp32 on the same held-out tokens).
 
 Keeps the runs in benchmarks/results/cpu/quality_minilm.json; make_tables.py makes the table.
 """
@@ -94,12 +97,15 @@ def run(
     held_out: torch.Tensor,
     config: TrainConfig,
     directions: str,
+    dtype: torch.dtype,
 ) -> dict[str, object]:
     """One training run and its figures."""
     sae = (PlainTopKSAE if method == "plain" else TopKSAE)(train.shape[1], f, K, seed=seed)
     sae.initialize_from_data(train, directions=directions, seed=seed)
     with torch.no_grad():
         first = float(fvu(held_out, sae.eval()(held_out)))
+    sae.to(dtype)
+    train = train.to(dtype)
     optimizer = None
     if method == "plain":
         optimizer = ProjectedAdam(sae, lr=config.lr, betas=config.betas, eps=config.eps)
@@ -112,8 +118,8 @@ def run(
     fired = torch.zeros(f, dtype=torch.bool)
     with torch.no_grad():
         for x in held_out.split(BATCH):
-            values, indices = sae.encode(x)
-            out.append(sae.decode(values, indices))
+            values, indices = sae.encode(x.to(dtype))
+            out.append(sae.decode(values, indices).float())
             l0 += float((values > 0).sum()) / len(held_out)
         for x in train.split(BATCH):
             values, indices = sae.encode(x)
@@ -124,6 +130,7 @@ def run(
         "K": K,
         "seed": seed,
         "directions": directions,
+        "dtype": str(dtype).removeprefix("torch."),
         "config": asdict(config),
         "initial_fvu": first,
         "fvu": float(fvu(held_out, torch.cat(out))),
@@ -144,7 +151,8 @@ def keep(path: Path, row: dict[str, object]) -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
 
     def key(r: dict[str, object]) -> tuple[str, ...]:
-        names = ("text", "method", "F", "K", "seed", "directions", "config")
+        names = ("text", "method", "F", "K", "seed", "directions", "dtype", "config")
+        r = {"dtype": "float32"} | r | {"config": {"moments": "fp32"} | r["config"]}  # type: ignore[dict-item]
         return tuple(json.dumps(r.get(n), sort_keys=True) for n in names)
 
     row = json.loads(json.dumps(row))
@@ -171,29 +179,36 @@ def main() -> None:
     parser.add_argument("--aux", type=float, default=TrainConfig(1).aux_coefficient)
     parser.add_argument("--k-aux", type=int, default=TrainConfig(1).k_aux)
     parser.add_argument("--dead-after", type=int, default=200_000)
+    parser.add_argument("--moments", nargs="+", default=["fp32"], choices=["fp32", "bf16", "8bit"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--onednn", action="store_true", help="dense products through oneDNN")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("medium" if args.onednn else "highest")
-    config = TrainConfig(
-        args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2),
-        aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
-    )  # fmt: skip
     print(header(), flush=True)
-    for text, method, f in itertools.product(args.text, args.method, args.latents):
+    for text, method, f, moments in itertools.product(
+        args.text, args.method, args.latents, args.moments
+    ):
+        config = TrainConfig(
+            args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2), moments=moments,
+            aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
+        )  # fmt: skip
         train, held_out = load(args.cache, text)
         new = []
         for seed in args.seeds:
             row = {"text": text}
-            row |= run(method, f, seed, train, held_out, config, args.directions)
+            row |= run(
+                method, f, seed, train, held_out, config, args.directions,
+                getattr(torch, args.dtype),
+            )  # fmt: skip
             print(json.dumps({k: v for k, v in row.items() if k != "config"}), flush=True)
             keep(args.out, machine() | row)
             new.append(row)
         mean = statistics.mean(float(r["fvu"]) for r in new)
         dead = statistics.mean(float(r["dead_fraction"]) for r in new)
         print(
-            f"{text} {method} F={f}: FVU {mean:.4f} (target {TARGET.get(f)}), dead {dead:.2%}, "
-            f"{len(new)} seeds"
+            f"{text} {method} F={f} {moments} moments: FVU {mean:.4f} (target {TARGET.get(f)}), "
+            f"dead {dead:.2%}, {len(new)} seeds"
         )
 
 

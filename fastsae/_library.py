@@ -42,7 +42,8 @@ PUBLIC_SCHEMAS = {
     "sparse_adam_step": (
         "(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor values, "
         "Tensor indices, Tensor rows, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, int step, bool lazy, bool unit_norm) -> ()"
+        "float weight_decay, int step, bool lazy, bool unit_norm, Tensor(d!)? exp_avg_scale=None, "
+        "Tensor(e!)? exp_avg_sq_scale=None, Tensor(f!)? master=None, Tensor? schedule=None) -> ()"
     ),
     "steer": f"(Tensor x, {_STEER}, str norm='none', float eps=1e-5) -> Tensor",
     "steer_": f"(Tensor(a!) x, {_STEER}, str norm='none', float eps=1e-5) -> ()",

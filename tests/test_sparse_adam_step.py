@@ -10,6 +10,7 @@ from test_sparse_grad_weight import truth
 
 import fastsae
 from fastsae import ops
+from fastsae.reference import moments as stored_moments
 
 HYPER = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8)
 
@@ -131,6 +132,162 @@ def test_triton_and_cuda_touch_no_row_for_an_index_out_of_range(gpu_backend):
     assert changed.nonzero().flatten().tolist() == [4]
 
 
+def start_state(f, d, fmt, dtype_, device, *, master=False):
+    """A param and moments in the middle of a training run, as keyword arguments."""
+    weight = torch.nn.functional.normalize(randn(f, d, seed=1), dim=1)
+    # coordinates of very different size, as in a language model's residual stream
+    size = randn(1, d, seed=2).mul(2).exp()
+    m, v = randn(f, d, seed=3) * size / 10, (randn(f, d, seed=4) * size).square() / 10
+    v[0], m[1], v[1] = 0, 0, 0
+    stored = stored_moments.store(m, v, fmt, 1, torch.arange(f))
+    state = dict(param=weight.to(dtype_), **stored._asdict())
+    if master:
+        state["master"] = weight
+    return {name: t.clone().to(device) for name, t in state.items() if t is not None}
+
+
+def wide(state):
+    """Both moments in fp32."""
+    names = stored_moments.Moments._fields
+    return stored_moments.load(
+        stored_moments.Moments(*(None if n not in state else state[n].cpu() for n in names))
+    )
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "8bit"])
+@pytest.mark.parametrize("unit_norm,lazy", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("d", [5, 200, 384])
+@pytest.mark.parametrize(
+    "dtype_,master", [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16-master"]
+)
+def test_moments_in_few_bits(backend, fmt, unit_norm, lazy, d, dtype_, master):
+    """Every backend stores what the reference stores: the same random bits round the same values,
+    so a code differs only where the last bits of the moment decide, and then by one."""
+    f = 19
+    values, indices, _, _ = problem(30, d, f - 4, 3, dtype_, "cpu", seed=7)
+    rows = randn(30, d, dtype=dtype_, seed=8)
+    results = []
+    for name in ("reference", backend):
+        device = device_of(name)
+        state = start_state(f, d, fmt, dtype_, device, master=master)
+        with fastsae.use_backend(name):
+            ops.sparse_adam_step(
+                values=values.to(device), indices=indices.to(device), rows=rows.to(device),
+                step=7, lazy=lazy, unit_norm=unit_norm, **HYPER, **state,
+            )  # fmt: skip
+        results.append(state)
+    expected, got = results
+    for scale in ("exp_avg_scale", "exp_avg_sq_scale"):
+        if scale in expected:
+            torch.testing.assert_close(got[scale].cpu(), expected[scale].cpu(), rtol=1e-5, atol=0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes, truth = (
+            (s[name].cpu().view(torch.int16) if fmt == "bf16" else s[name].cpu()).long()
+            for s in (got, expected)
+        )
+        different = codes != truth
+        # where gradients cancel m is rounding noise of any sign, so not all codes are neighbours
+        assert different.float().mean() < 0.01
+        assert ((codes - truth).abs() <= 1).float().mean() > 0.998
+    tolerance = dict(rtol=1e-5, atol=2e-6)
+    if master:
+        torch.testing.assert_close(got["master"].cpu(), expected["master"].cpu(), **tolerance)
+        assert torch.equal(got["param"], got["master"].to(dtype_))
+    else:
+        torch.testing.assert_close(got["param"].cpu(), expected["param"].cpu(), **tolerance)
+    if lazy:
+        untouched = torch.ones(f, dtype=torch.bool)
+        untouched[indices.long().flatten()] = False
+        assert untouched.any()
+        before = start_state(f, d, fmt, dtype_, "cpu", master=master)
+        for name, t in before.items():
+            assert torch.equal(got[name].cpu()[untouched], t[untouched]), name
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "8bit"])
+def test_the_update_uses_moments_before_they_are_rounded(backend, fmt):
+    """From moments that the format holds exactly, the new weights are those of wide moments."""
+    device = device_of(backend)
+    values, indices, _, _ = problem(20, 150, 11, 3, torch.float32, device, seed=7)
+    rows = randn(20, 150, seed=8).to(device)
+    few = start_state(11, 150, fmt, torch.float32, device)
+    m, v = (t.to(device) for t in wide(few))
+    param = few["param"].clone()
+    args = dict(values=values, indices=indices, rows=rows, step=3, **HYPER)
+    ops.sparse_adam_step(**args, **few)
+    ops.sparse_adam_step(param, m, v, **args)
+    torch.testing.assert_close(few["param"], param, rtol=1e-5, atol=1e-6)
+    rounded_m, rounded_v = wide(few)
+    assert not torch.equal(rounded_m, m.cpu())
+    step = 2**-7 if fmt == "bf16" else 4 / 128  # of a code of v in the upper half
+    most = stored_moments._blocks(v.cpu()).amax(2).repeat_interleave(128, 1)[:, :150]
+    upper = (v.cpu() > most / 16) & (v.cpu() > 0)
+    assert ((rounded_v - v.cpu()).abs() <= 2 * step * v.cpu())[upper].all()
+
+
+def test_masters_keep_small_updates(backend):
+    """An update of lr = 1e-5 rounds away in bf16 and adds up in a master."""
+    device = device_of(backend)
+    values, indices, _, _ = problem(12, 40, 9, 9, torch.bfloat16, device)
+    rows = randn(12, 40, dtype=torch.bfloat16, seed=5).to(device)
+    start = randn(9, 40, dtype=torch.bfloat16).to(device).clamp(min=0.5)
+    plain, with_master, master = start.clone(), start.clone(), start.float()
+    states = [torch.zeros(9, 40, device=device) for _ in range(4)]
+    exact = start.double()
+    exact_state = [torch.zeros_like(exact) for _ in range(2)]
+    options = HYPER | dict(lr=1e-5)
+    for t in range(1, 31):
+        args = values, indices, rows
+        ops.sparse_adam_step(plain, *states[:2], *args, step=t, **options)
+        ops.sparse_adam_step(with_master, *states[2:], *args, step=t, master=master, **options)
+        with fastsae.use_backend("reference"):
+            doubles = values.double(), indices, rows.double()
+            ops.sparse_adam_step(exact, *exact_state, *doubles, step=t, **options)
+    assert torch.equal(plain, start)
+    assert max_error(master, exact) < 1e-6 and max_error(master, start) > 2.5e-4
+    assert torch.equal(with_master, master.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "8bit"])
+def test_step_and_lr_on_the_device(backend, fmt):
+    device = device_of(backend)
+    values, indices, _, _ = problem(12, 40, 9, 3, torch.float32, device)
+    rows = randn(12, 40, seed=5).to(device)
+    args = dict(values=values, indices=indices, rows=rows, unit_norm=True)
+    options = {k: v for k, v in HYPER.items() if k != "lr"}
+    numbers, tensors = (start_state(9, 40, fmt, torch.float32, device) for _ in range(2))
+    lr, step = torch.tensor(3e-3, device=device), torch.tensor(0.0, device=device)
+    for t in range(1, 5):
+        step += 1
+        ops.sparse_adam_step(lr=3e-3, step=t, **args, **options, **numbers)
+        ops.sparse_adam_step(lr=lr, step=step, **args, **options, **tensors)
+    for name, t in numbers.items():
+        torch.testing.assert_close(
+            tensors[name], t, rtol=1e-6, atol=1e-7 if t.dtype.is_floating_point else 0
+        )
+    ops.sparse_adam_step(lr=lr, step=5, **args, **options, **tensors)  # one of them a number
+    ops.sparse_adam_step(lr=3e-3, step=5, **args, **options, **numbers)
+    torch.testing.assert_close(tensors["param"], numbers["param"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "8bit"])
+def test_moments_that_are_not_finite_stay_so(backend, fmt):
+    device = device_of(backend)
+    state = start_state(3, 300, fmt, torch.float32, device)
+    rows = torch.zeros(1, 300, device=device)
+    rows[0, 5], rows[0, 290] = float("nan"), float("inf")
+    values, indices = torch.ones(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int32)
+    for t in (1, 2):
+        ops.sparse_adam_step(
+            values=values, indices=indices.to(device), rows=rows, step=t, **HYPER, **state
+        )
+        rows.zero_()
+    m, v = wide(state)
+    assert not m[0, [5, 290]].isfinite().any() and not v[0, [5, 290]].isfinite().any()
+    assert m[1:].isfinite().all() and v[1:].isfinite().all()
+    assert m[0, 128:256].isfinite().all()  # the block between them
+
+
 def test_zero_rows_stay_zero_under_unit_norm(backend):
     param = torch.zeros(20, 8, device=device_of(backend))
     for (*_,) in steps(param, 0, 2, 2, torch.float32, unit_norm=True):
@@ -167,6 +324,15 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.fastsae.sparse_adam_step.default, args)
 
 
+EIGHT_BIT = dict(
+    exp_avg=torch.zeros(9, 5, dtype=torch.int8), exp_avg_sq=torch.zeros(9, 5, dtype=torch.uint8)
+)
+
+
+def SCALES(f, blocks, dtype=torch.float32):
+    return dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), torch.zeros(f, blocks, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     "change,error,message",
     [
@@ -174,7 +340,15 @@ def test_opcheck(backend):
         (dict(beta2=1.0), ValueError, "beta2 is out of range"),
         (dict(step=0), ValueError, "step is out of range"),
         (dict(exp_avg=torch.zeros(9, 4)), ValueError, "exp_avg .* must match param"),
-        (dict(exp_avg=torch.zeros(9, 5).half()), TypeError, "exp_avg must be torch.float32"),
+        (dict(exp_avg=torch.zeros(9, 5).half()), TypeError, r"one of \(float32, float32\)"),
+        (dict(exp_avg=torch.zeros(9, 5).bfloat16()), TypeError, r"\(bfloat16, bfloat16\)"),
+        (dict(exp_avg_scale=torch.zeros(9, 1)), ValueError, "belongs to int8 and uint8"),
+        (dict(EIGHT_BIT), ValueError, "exp_avg_scale belongs to int8 and uint8"),
+        (dict(EIGHT_BIT, exp_avg_scale=torch.zeros(9, 1)), ValueError, "exp_avg_sq_scale belongs"),
+        (dict(EIGHT_BIT, **SCALES(9, 2)), ValueError, r"exp_avg_scale .* \[9, 1\] is expected"),
+        (dict(EIGHT_BIT, **SCALES(9, 1, torch.bfloat16)), TypeError, "exp_avg_scale must be"),
+        (dict(master=torch.zeros(9, 5)), TypeError, "master belongs to a bf16 or fp16 param"),
+        (dict(step=torch.ones(2)), ValueError, "a tensor as step must have one element"),
         (dict(param=torch.zeros(5, 9).T), ValueError, "must be contiguous"),
         (dict(rows=torch.zeros(4, 6)), ValueError, r"rows must be \[\.\.\., D\]"),
     ],

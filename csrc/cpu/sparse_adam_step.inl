@@ -1,4 +1,5 @@
 #include "cpu/gradient_row.h"
+#include "cpu/moments.h"
 
 namespace fastsae {
 namespace FASTSAE_NS {
@@ -98,34 +99,58 @@ void store_scaled(const acc_t<T>* row, acc_t<T> scale, int64_t D, T* out) {
   }
 }
 
+// adam_row on row f with moments in any format.
+template <bool kGrad, class W, class M, class Out>
+acc_t<W> adam_row(const AdamVec<acc_t<W>>& adam, const W* weight, const acc_t<W>* grad,
+                  acc_t<W> along, const M& moments, int64_t f, int64_t D, Out* out) {
+  if constexpr (M::kInPlace) {
+    return adam_row<kGrad>(adam, weight, grad, along, moments.mean + f * D, moments.square + f * D,
+                           D, out);
+  } else {
+    float m[kMomentSegment], v[kMomentSegment], square = 0;
+    for (int64_t d = 0; d < D; d += kMomentSegment) {
+      const int64_t n = D - d < kMomentSegment ? D - d : kMomentSegment;
+      load_moments(moments, f, D, d, n, m, v);
+      square +=
+          adam_row<kGrad>(adam, weight + d, kGrad ? grad + d : nullptr, along, m, v, n, out + d);
+      store_moments(moments, f, D, d, n, m, v);
+    }
+    return square;
+  }
+}
+
 // One Adam step on rows latents[i] (rows i when latents is null), i in [begin, end). The gradient
-// row is formed in `scratch` (2 D accumulators, in L1) and used at once.
-template <class T>
+// row is formed in `scratch` (2 D accumulators, in L1) and used at once. Where the weights have
+// wider masters, weight is those and param receives their rounded copy; else they are the same.
+template <class T, class W, class M>
 void adam_step(const GroupsView& groups, const AdamScalars<acc_t<T>>& scalars, bool unit_norm,
                const T* values, const T* rows, int64_t D, const int32_t* latents, int64_t begin,
-               int64_t end, acc_t<T>* scratch, T* param, acc_t<T>* exp_avg, acc_t<T>* exp_avg_sq) {
+               int64_t end, acc_t<T>* scratch, T* param, W* weight, const M& moments) {
   using A = acc_t<T>;
+  constexpr bool kMaster = sizeof(W) != sizeof(T);
   const AdamVec<A> adam(scalars);
   A *grad = scratch, *row = scratch + D;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t f = latents ? latents[i] : i;
-    T* p = param + f * D;
-    A *m = exp_avg + f * D, *v = exp_avg_sq + f * D;
+    W* w = weight + f * D;
     const bool has_grad = groups.offset[f] < groups.offset[f + 1];
     if (has_grad) gradient_row(groups, f, values, rows, D, grad);
     if (!unit_norm) {
-      has_grad ? adam_row<true>(adam, p, grad, scalars.weight_decay, m, v, D, p)
-               : adam_row<false>(adam, p, grad, scalars.weight_decay, m, v, D, p);
+      has_grad ? adam_row<true>(adam, w, grad, scalars.weight_decay, moments, f, D, w)
+               : adam_row<false>(adam, w, grad, scalars.weight_decay, moments, f, D, w);
+      if constexpr (kMaster) store_scaled<T>(w, A(1), D, param + f * D);
       continue;
     }
     // g - <g, p> / <p, p> p: what weight decay adds is parallel to p and goes as well.
     A pp = 0, gp = 0;
-    if (has_grad) products(p, grad, D, &pp, &gp);
+    if (has_grad) products(w, grad, D, &pp, &gp);
     const A along = pp > 0 ? -gp / pp : A(0);
-    const A square = has_grad ? adam_row<true>(adam, p, grad, along, m, v, D, row)
-                              : adam_row<false>(adam, p, grad, along, m, v, D, row);
+    const A square = has_grad ? adam_row<true>(adam, w, grad, along, moments, f, D, row)
+                              : adam_row<false>(adam, w, grad, along, moments, f, D, row);
     // A row that is zero or NaN has no direction.
-    store_scaled(row, square > 0 ? 1 / std::sqrt(square) : A(1), D, p);
+    const A scale = square > 0 ? 1 / std::sqrt(square) : A(1);
+    store_scaled(row, scale, D, w);
+    if constexpr (kMaster) store_scaled(row, scale, D, param + f * D);
   }
 }
 

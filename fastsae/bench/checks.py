@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..reference import moments
 from .timing import WrongError
 
 Check = Callable[[Any], str]
@@ -242,6 +243,13 @@ def grad_weight(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor,
     return check
 
 
+def fresh_moments(param: torch.Tensor, fmt: str) -> moments.Moments:
+    """Zeros."""
+    zeros = torch.zeros(param.shape, device=param.device)
+    latents = torch.arange(len(param), device=param.device)
+    return moments.store(zeros, zeros.clone(), fmt, 1, latents)
+
+
 def adam(
     step: Callable[..., Any],
     param: torch.Tensor,
@@ -249,25 +257,32 @@ def adam(
     indices: torch.Tensor,
     rows: torch.Tensor,
     lr: float,
+    fmt: str = "fp32",
 ) -> Check:
-    """A check of `step(param, exp_avg, exp_avg_sq, values, indices, rows, lr=, step=1)`.
+    """A check of `step(param, exp_avg, exp_avg_sq, values, indices, rows, lr=, step=1)`, with the
+    scales of 8-bit moments.
 
-    One dense step from fresh moments, against torch.optim.Adam in fp64 on the same gradient.
+    One dense step from fresh moments in format `fmt`, against torch.optim.Adam in fp64 on the same
+    gradient. The weights are as exact in every format, which rounds what it keeps.
     """
     some, _ = _some_latents(indices, len(param))
     start = param[some].double()
 
     def check(_: Any) -> str:
         got = param.clone()
-        state = [torch.zeros_like(param, dtype=torch.float32) for _ in range(2)]
-        step(got, *state, values, indices, rows, lr=lr, step=1)
+        state = fresh_moments(param, fmt)
+        step(
+            got, *state[:2], values, indices, rows, lr=lr, step=1,
+            exp_avg_scale=state[2], exp_avg_sq_scale=state[3],
+        )  # fmt: skip
         truth = start.clone().requires_grad_()
         truth.grad = torch.stack([_true_row(i, values, indices, rows) for i in some.tolist()])
         # the sign of a gradient that is rounding alone is anybody's: such elements move by lr
         decided = truth.grad.abs() > 1e-5 * truth.grad.abs().max()
         decided |= truth.grad == 0
-        mean = (state[0][some].double() - 0.1 * truth.grad).abs().max().item()
-        _within(mean, 1e-4 * 0.1 * truth.grad.abs().max().item())
+        mean = (moments.load(state)[0][some].double() - 0.1 * truth.grad).abs().max().item()
+        step_of = {"fp32": 1e-4, "bf16": 2.0**-7, "8bit": 2.0 / 127}[fmt]  # of the largest
+        _within(mean, step_of * 0.1 * truth.grad.abs().max().item())
         torch.optim.Adam([truth], lr=lr).step()
         error = ((got[some].double() - truth.detach()).abs() * decided).max().item()
         slack = 0.0 if param.dtype == torch.float32 else torch.finfo(param.dtype).eps

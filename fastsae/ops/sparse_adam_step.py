@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _dispatch
+from ..reference import moments
 from . import _common
 
 _OP = "sparse_adam_step"
@@ -18,14 +19,17 @@ def sparse_adam_step(
     indices: torch.Tensor,
     rows: torch.Tensor,
     *,
-    lr: float,
+    lr: float | torch.Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    step: int,
+    step: int | torch.Tensor,
     lazy: bool = False,
     unit_norm: bool = False,
+    exp_avg_scale: torch.Tensor | None = None,
+    exp_avg_sq_scale: torch.Tensor | None = None,
+    master: torch.Tensor | None = None,
 ) -> None:
     r"""One Adam step in place; the gradient is formed row by row and never stored.
 
@@ -38,20 +42,27 @@ def sparse_adam_step(
 
     Args:
         param: [F, D], updated in place. fp32, bf16, fp16 (fp64 on the CPU), contiguous.
-        exp_avg, exp_avg_sq: [F, D], fp32 (fp64 for an fp64 param), updated in place, contiguous.
+        exp_avg, exp_avg_sq: [F, D], updated in place, contiguous. Both fp32 (fp64 for an fp64
+            param), or both bf16, or int8 and uint8 codes. bf16 and codes are rounded at random,
+            without bias and repeatably; `fastsae.reference.moments` defines both.
         values: [..., K], indices: [..., K] in [0, F), rows: [..., D]: the factors of the gradient,
             as in `sparse_grad_weight`; values and rows in the dtype of param.
         lr, beta1, beta2, eps, weight_decay: as in `torch.optim.Adam` (L2, not decoupled).
-        step: t, the number of this step, from 1.
+        step: t, the number of this step, from 1. lr and step may be tensors of one element on
+            param's device: the host never reads them, so a CUDA graph can replay the step.
         lazy: only latents that occur in indices are updated; the moments of the others stay as
             they are (`torch.optim.SparseAdam`). Otherwise every row decays and moves, exactly as in
             `torch.optim.Adam` with a dense gradient that is zero there.
         unit_norm: remove from g_i its component along p_i before the moments, and scale every
             updated row to norm 1 afterwards (a zero row stays zero). weight_decay pulls along p_i,
             so it has no effect here.
+        exp_avg_scale, exp_avg_sq_scale: [F, ceil(D / 128)] fp32, updated in place: the scales of
+            codes; None otherwise.
+        master: [F, D] fp32, updated in place: the weights of a bf16 or fp16 param, which only
+            receives their rounded copy. Without it small updates of such a param round away.
 
     Equal to `torch.optim.Adam` to rounding; repeatable bit for bit. One pass over param and
-    moments.
+    moments. The update itself uses the new moments before they are rounded.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes, layout or hyperparameters do not fit.
@@ -60,10 +71,38 @@ def sparse_adam_step(
 
     Source: Kingma & Ba 2015; projection as in Bricken et al. 2023, "Towards Monosemanticity".
     """
+    schedule = None
+    if isinstance(lr, torch.Tensor) or isinstance(step, torch.Tensor):
+        schedule = _schedule(lr, step, beta1, beta2, param.device)
+        lr, step = 0.0, 1  # the backends read the schedule
     torch.ops.fastsae.sparse_adam_step(
         param, exp_avg, exp_avg_sq, values, indices, rows,
         lr, beta1, beta2, eps, weight_decay, step, lazy, unit_norm,
+        exp_avg_scale, exp_avg_sq_scale, master, schedule,
     )  # fmt: skip
+
+
+def _schedule(
+    lr: float | torch.Tensor,
+    step: int | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    device: torch.device,
+) -> torch.Tensor:
+    """[3] fp64: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), t, computed on the device."""
+    for name, value in (("lr", lr), ("step", step)):
+        if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.device != device):
+            raise ValueError(
+                f"{_OP}: a tensor as {name} must have one element on {device}, got "
+                f"{_common.shape(value)} on {value.device}"
+            )
+    rate, t = (
+        x.detach().reshape(()).double()
+        if isinstance(x, torch.Tensor)
+        else torch.full((), float(x), dtype=torch.float64, device=device)  # no copy from the host
+        for x in (lr, step)
+    )
+    return torch.stack([rate / (1 - beta1**t), (1 - beta2**t).rsqrt(), t])
 
 
 def _check(
@@ -81,23 +120,52 @@ def _check(
     step: int,
     lazy: bool,
     unit_norm: bool,
+    exp_avg_scale: torch.Tensor | None = None,
+    exp_avg_sq_scale: torch.Tensor | None = None,
+    master: torch.Tensor | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> None:
     _common.check_floats(_OP, param=param, values=values, rows=rows)
     _common.check_matrix(_OP, "param", param, "[F, D]")
-    moment = torch.float64 if param.dtype == torch.float64 else torch.float32
-    for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if state.shape != param.shape or state.device != param.device:
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    formats = [(wide, wide)]
+    if wide == torch.float32:
+        formats += [moments.dtypes("bf16"), moments.dtypes("8bit")]
+    if (exp_avg.dtype, exp_avg_sq.dtype) not in formats:
+        known = ", ".join(f"({m}, {v})".replace("torch.", "") for m, v in formats)
+        raise TypeError(
+            f"{_OP}: exp_avg and exp_avg_sq must be one of {known} for a {param.dtype} param, got "
+            f"({exp_avg.dtype}, {exp_avg_sq.dtype})"
+        )
+    f, d = param.shape
+    state = [("exp_avg", exp_avg, (f, d)), ("exp_avg_sq", exp_avg_sq, (f, d))]
+    for name, scale in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
+        if (scale is None) == (exp_avg.dtype == torch.int8):
+            raise ValueError(f"{_OP}: {name} belongs to int8 and uint8 moments, and only to them")
+        if scale is not None:
+            _check_fp32(name, scale)
+            state.append((name, scale, (f, moments.n_blocks(d))))
+    if master is not None:
+        if param.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"{_OP}: master belongs to a bf16 or fp16 param, got {param.dtype}")
+        _check_fp32("master", master)
+        state.append(("master", master, (f, d)))
+    for name, tensor, shape in state:
+        if tuple(tensor.shape) != shape or tensor.device != param.device:
             raise ValueError(
-                f"{_OP}: {name} {_common.shape(state)} on {state.device} must match param "
-                f"{_common.shape(param)} on {param.device}"
+                f"{_OP}: {name} {_common.shape(tensor)} on {tensor.device} must match param "
+                f"{_common.shape(param)} on {param.device}: {list(shape)} is expected"
             )
-        if state.dtype != moment:
-            raise TypeError(
-                f"{_OP}: {name} must be {moment} for a {param.dtype} param, got {state.dtype}"
-            )
-    for name, tensor in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    for name, tensor, _ in [("param", param, (f, d)), *state]:
         if not tensor.is_contiguous():
             raise ValueError(f"{_OP}: {name} is written in place and must be contiguous")
+    if schedule is not None and (
+        schedule.dtype != torch.float64
+        or schedule.shape != (3,)
+        or schedule.device != param.device
+        or not schedule.is_contiguous()
+    ):
+        raise ValueError(f"{_OP}: schedule must be [3] in float64 on {param.device}")
     _common.check_pairs(_OP, values, indices)
     _common.check_last(_OP, "rows", rows, param.shape[1], "D")
     if rows.shape[:-1] != values.shape[:-1]:
@@ -117,6 +185,11 @@ def _check(
             raise ValueError(f"{_OP}: {name} is out of range, got {value}")
 
 
+def _check_fp32(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{_OP}: {name} must be torch.float32, got {tensor.dtype}")
+
+
 def _run(
     param: torch.Tensor,
     exp_avg: torch.Tensor,
@@ -132,10 +205,15 @@ def _run(
     step: int,
     lazy: bool,
     unit_norm: bool,
+    exp_avg_scale: torch.Tensor | None = None,
+    exp_avg_sq_scale: torch.Tensor | None = None,
+    master: torch.Tensor | None = None,
+    schedule: torch.Tensor | None = None,
 ) -> None:
     _check(
         param, exp_avg, exp_avg_sq, values, indices, rows,
         lr, beta1, beta2, eps, weight_decay, step, lazy, unit_norm,
+        exp_avg_scale, exp_avg_sq_scale, master, schedule,
     )  # fmt: skip
     if unit_norm:  # computing p * decay and projecting it out again would leave rounding noise
         weight_decay = 0.0
@@ -154,6 +232,10 @@ def _run(
         step,
         lazy,
         unit_norm,
+        exp_avg_scale,
+        exp_avg_sq_scale,
+        master,
+        schedule,
     )
 
 

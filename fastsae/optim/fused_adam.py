@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,16 @@ from .._memory import advise_huge_pages
 from ..ops import _factors
 from ..ops._factors import Factor
 from ..ops.sparse_adam_step import sparse_adam_step
-from ..ops.sparse_grad_weight import sparse_grad_weight
+from ..reference import moments
+from ..reference.moments import Moments
+from ._sums import add_to_grad, exchange, merge
 
+# Names in the state of what `Moments` holds. Codes have names of their own: torch.optim.Adam, which
+# would read them as moments, does not find any.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_CODES = ("exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_scale", "exp_avg_sq_scale")
+_WIDE_ELEMENTS = 1 << 24  # of a weight whose moments are widened at a time
+_OWN_OPTIONS = {"lazy": False, "moments": "fp32", "master_weights": False, "capturable": False}
 _UNIT_NORM = "_fastsae_unit_norm"
 
 
@@ -58,21 +66,31 @@ class FusedAdam(torch.optim.Optimizer):
     has no effect, and rows have norm 1 afterwards).
 
     Args:
-        params: parameters or groups. Options per group: lr, betas, eps, weight_decay, lazy.
-        lr: a float; learning-rate schedulers work.
+        params: parameters or groups. Options per group: lr, betas, eps, weight_decay, lazy,
+            moments, master_weights, capturable.
+        lr: a float, or with capturable a tensor on the parameters' device; schedulers work.
         weight_decay: L2 as in `torch.optim.Adam`, not decoupled.
         lazy: rows of latents that did not occur since the last step keep their moments and stay
             put (`torch.optim.SparseAdam`); a dense gradient in `p.grad` still moves every row.
+        moments: how the moments of 2-D weights are stored: "fp32" (8 bytes a weight), "bf16" (4) or
+            "8bit" (2.06: a byte each and a scale for each 128). The last two are rounded at random
+            without bias, repeatably: `fastsae.reference.moments`. Others are fp32.
+        master_weights: bf16 and fp16 parameters are rounded copies of fp32 masters in the state.
+            Without them small updates round away. A parameter that somebody else writes (a loaded
+            checkpoint, a renormalisation) passes its new values on to its master.
+        capturable: step count and a tensor lr stay on the device and `step()` never waits for it,
+            so that a CUDA graph can capture it (not with a process_group).
         process_group: exact data parallelism. Ranks exchange factors and average ordinary
             gradients in `step()`, so the step is that of the whole batch with the loss averaged
             over ranks, as under DDP; every rank must step together, starting from equal weights.
             Do not wrap the module in DistributedDataParallel as well: its hooks would wait for
             gradients that never come (`fastsae.nn` modules refuse this).
 
-    Moments are fp32 (fp64 for fp64) also for bf16 and fp16 parameters. `state_dict()` has the
-    layout of `torch.optim.Adam`, and either loads the other's. The newest optimizer owns a
-    parameter; stepping an older one raises. When it is collected, or on `release()`, parameters get
-    ordinary gradients again. What works on gradients before the optimizer does not see recorded
+    `state_dict()` has the layout of `torch.optim.Adam`, and either loads the other's (but 8-bit
+    moments, which torch does not know). moments, master_weights and capturable stay what they were
+    here: a state in another format is converted. The newest optimizer owns a parameter; stepping an
+    older one raises. When it is collected, or on `release()`, parameters get ordinary gradients
+    again. What works on gradients before the optimizer does not see recorded
     factors: `clip_grad_norm_` leaves them as they are, hooks on an owned weight do not run,
     `torch.autograd.grad` refuses it as unused, and a `GradScaler` is refused by `step()`.
     `zero_grad()` of this optimizer or of a `fastsae.nn` module discards factors; that of a module
@@ -96,11 +114,16 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         lazy: bool = False,
+        moments: str = "fp32",
+        master_weights: bool = False,
+        capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
+        self._written: dict[torch.Tensor, int] = {}  # version of a parameter that has a master
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lazy": lazy,
+            "moments": moments, "master_weights": master_weights, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults)
         self._track()
@@ -142,6 +165,10 @@ class FusedAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_sinks" not in self.__dict__:  # unpickled or deep-copied: new parameters, new owner
+            self._written = {}
+            for group in self.param_groups:  # a pickle of an older version
+                for option, default in _OWN_OPTIONS.items():
+                    group.setdefault(option, default)
             self._track()
             self.__dict__.setdefault("process_group", None)
 
@@ -164,22 +191,41 @@ class FusedAdam(torch.optim.Optimizer):
             for option in ("amsgrad", "maximize", "decoupled_weight_decay"):
                 if group.get(option):
                     raise ValueError(f"FusedAdam: the saved state has {option}, which it has not")
+        own = [{name: g[name] for name in _OWN_OPTIONS} for g in self.param_groups]
+        own_lr = [g["lr"] for g in self.param_groups]
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        mine = chain.from_iterable(g["params"] for g in self.param_groups)
-        for key, param in zip(saved, mine, strict=True):
-            state = self.state.get(param)
-            if state and "exp_avg" in state:
-                # torch casts moments to the parameter's dtype, which loses them in bf16
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = (
-                        state_dict["state"][key][name]
-                        .to(device=param.device, dtype=_moment_dtype(param), copy=True)
-                        .contiguous()
-                    )
-                state["step"] = torch.tensor(float(state_dict["state"][key]["step"]))
-        for group in self.param_groups:
-            group.setdefault("lazy", False)
+        for group, options, lr in zip(self.param_groups, own, own_lr, strict=True):
+            group |= options | {"lazy": group.get("lazy", False)}
+            if isinstance(lr, torch.Tensor):  # what a captured graph reads
+                group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+            for param in group["params"]:
+                self._load(param, group, state_dict["state"].get(next(saved)))
+        self._written.clear()
+
+    def _load(
+        self, param: torch.Tensor, group: dict[str, Any], saved: dict[str, Any] | None
+    ) -> None:
+        """torch casts what it loads to the parameter's dtype, which loses moments in bf16."""
+        if not saved or ("exp_avg" not in saved and "exp_avg_8bit" not in saved):
+            return
+        self.state[param] = state = {}
+        step = float(saved["step"])
+        state["step"] = _step_tensor(param, group).fill_(step)
+        tensors = (saved[n] for n in (_MOMENTS if "exp_avg" in saved else _CODES))
+        stored = Moments(*(t.to(device=param.device, copy=True).contiguous() for t in tensors))
+        fmt = _format(param, group)
+        if fmt != "fp32" and fmt == moments.format_of(stored.exp_avg):
+            kept = stored
+        else:
+            wide = [t.to(_wide_dtype(param)) for t in moments.load(stored)]
+            latents = torch.arange(param.shape[0], device=param.device) if fmt != "fp32" else param
+            kept = moments.store(wide[0], wide[1], fmt, max(int(step), 1), latents)
+        state |= zip(_names(fmt), (t for t in kept if t is not None), strict=True)
+        if "master" in saved and _has_master(param, group):
+            state["master"] = (
+                saved["master"].to(param.device, torch.float32, copy=True).contiguous()
+            )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Applies and clears what backward recorded. `closure` as in every torch optimizer."""
@@ -211,9 +257,9 @@ class FusedAdam(torch.optim.Optimizer):
                 recorded = _factors.factors(param) or []
                 for factor in recorded:
                     factor.check_unchanged()
-                work.append((param, group, _merge(param, recorded), recorded))
+                work.append((param, group, merge(param, recorded), recorded))
         if self.process_group is not None:
-            merged = _exchange(self.process_group, [(p, f) for p, _, f, _ in work])
+            merged = exchange(self.process_group, [(p, f) for p, _, f, _ in work])
             work = [(p, g, f, r) for (p, g, _, r), f in zip(work, merged, strict=True)]
         ordinary: dict[int, list[torch.Tensor]] = {}
         for param, group, total, recorded in work:
@@ -223,88 +269,159 @@ class FusedAdam(torch.optim.Optimizer):
                 if param.grad.is_sparse:
                     raise TypeError("FusedAdam: torch.sparse gradients are not supported")
                 if total is not None:
-                    _add_to_grad(param, total)
+                    add_to_grad(param, total)
                 ordinary.setdefault(id(group), []).append(param)
             recorded.clear()
         for group in self.param_groups:
             self._ordinary(ordinary.get(id(group), []), group)
 
-    def _state(self, param: torch.Tensor) -> dict[str, Any]:
+    def _state(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, made at its first step. Where somebody else wrote the parameter,
+        its master takes the new values over."""
         state: dict[str, Any] = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            like: dict[str, Any] = {
-                "dtype": _moment_dtype(param),
-                "memory_format": torch.contiguous_format,
-            }
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = advise_huge_pages(torch.empty_like(param, **like)).zero_()
+            state["step"] = _step_tensor(param, group)
+            fmt = _format(param, group)
+            for name, dtype in zip(_names(fmt), _dtypes(param, fmt), strict=True):
+                shape = list(param.shape)
+                if name.endswith("_scale"):
+                    shape[1] = moments.n_blocks(shape[1])
+                zeros = torch.empty(shape, dtype=dtype, device=param.device)
+                state[name] = advise_huge_pages(zeros).zero_()
+        if _has_master(param, group):
+            master = state.get("master")
+            if master is None:
+                wide = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+                state["master"] = advise_huge_pages(wide).copy_(param)
+            elif self._written.get(param) != param._version:
+                same = master.to(param.dtype) == param
+                master.copy_(torch.where(same, master, param.float()))
         return state
 
     def _fused(self, param: torch.Tensor, group: dict[str, Any], factor: Factor) -> None:
-        state = self._state(param)
+        state = self._state(param, group)
+        stored = _stored(param, group, state)
         state["step"] += 1
         before = param._version
         beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        on_device = group["capturable"]
         sparse_adam_step(
             param,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            stored.exp_avg,
+            stored.exp_avg_sq,
             factor.values,
             factor.indices,
             factor.rows,
-            lr=float(group["lr"]),
+            lr=lr if on_device and isinstance(lr, torch.Tensor) else float(lr),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=int(state["step"]),
+            step=state["step"] if on_device else int(state["step"]),
             lazy=group["lazy"],
             unit_norm=has_unit_norm(param),
+            exp_avg_scale=stored.exp_avg_scale,
+            exp_avg_sq_scale=stored.exp_avg_sq_scale,
+            master=state.get("master"),
         )
         if param._version == before:  # so that a backward through the old weight is refused
             torch.autograd.graph.increment_version(param)
+        if "master" in state:
+            self._written[param] = param._version
 
     def _ordinary(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """Adam on `p.grad`, by torch's own implementation, in the moments' precision."""
-        lists: dict[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        """Adam on `p.grad`, by torch's own implementation, in the precision of wide moments."""
+        lists: dict[tuple[Any, ...], list[_Dense]] = {}
         for param in params:
             assert param.grad is not None
-            acc = _moment_dtype(param)
-            wide, grad = param.to(acc), param.grad.to(acc)
-            unit = has_unit_norm(param)
-            if unit:
-                square = wide.square().sum(1, keepdim=True)
-                along = (grad * wide).sum(1, keepdim=True) / square
-                grad = grad - torch.where(square > 0, along, 0) * wide
-            lists.setdefault((param.device, acc, unit), []).append((param, wide, grad))
-        for (device, _, unit), triples in lists.items():
-            states = [self._state(p) for p, _, _ in triples]
-            steps = [s["step"] for s in states]
-            fused = device.type == "cpu"
-            torch_adam(
-                [w for _, w, _ in triples],
-                [g for _, _, g in triples],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [],
-                steps,
-                foreach=not fused,
-                fused=fused,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=0.0 if unit else group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for param, wide, _ in triples:
-                if unit:
-                    norm = wide.norm(dim=1, keepdim=True)
-                    wide.div_(norm.where(norm > 0, 1))
-                if wide is not param:
-                    param.copy_(wide)
+            state = self._state(param, group)
+            if _format(param, group) != "fp32":
+                self._ordinary_in_parts(param, group, state)
+                continue
+            acc, unit = _wide_dtype(param), has_unit_norm(param)
+            wide = state.get("master", param).to(acc)
+            grad = _projected(wide, param.grad.to(acc)) if unit else param.grad.to(acc)
+            dense = _Dense(param, wide, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            lists.setdefault((param.device, acc, unit), []).append(dense)
+        for (_, _, unit), dense_list in lists.items():
+            _dense_adam(dense_list, group, unit)
+        for param in params:
+            if "master" in self.state[param]:
+                self._written[param] = param._version
+
+    def _ordinary_in_parts(
+        self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """The same with moments in few bits, which are wide for some rows at a time."""
+        assert param.grad is not None
+        stored, fmt = _stored(param, group, state), _format(param, group)
+        unit = has_unit_norm(param)
+        state["step"] += 1
+        f, d = param.shape
+        size = max(1, _WIDE_ELEMENTS // max(1, d))
+        for begin in range(0, f, size):
+            at = slice(begin, min(begin + size, f))
+            rows = torch.arange(at.start, at.stop, device=param.device)
+            part = Moments(*(None if t is None else t[at] for t in stored))  # type: ignore[arg-type]
+            m, v = moments.load(part)
+            wide = state["master"][at] if "master" in state else param[at].float()
+            grad = param.grad[at].float()
+            grad = _projected(wide, grad) if unit else grad
+            dense = _Dense(param[at], wide, grad, m, v, state["step"] - 1)
+            _dense_adam([dense], group, unit)
+            new = moments.store(m, v, fmt, state["step"], rows)
+            for old, rounded in zip(part, new, strict=True):
+                if old is not None:
+                    assert rounded is not None
+                    old.copy_(rounded)
+
+
+class _Dense(NamedTuple):
+    """A parameter with an ordinary gradient; wide is the parameter, its master or a copy."""
+
+    param: torch.Tensor
+    wide: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: torch.Tensor
+
+
+def _dense_adam(dense: list[_Dense], group: dict[str, Any], unit: bool) -> None:
+    fused = dense[0].param.device.type == "cpu"
+    lr, capturable = group["lr"], group["capturable"] and not fused
+    torch_adam(
+        [d.wide for d in dense],
+        [d.grad for d in dense],
+        [d.exp_avg for d in dense],
+        [d.exp_avg_sq for d in dense],
+        [],
+        [d.step for d in dense],
+        foreach=not fused,
+        fused=fused,
+        capturable=capturable,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr if capturable else float(lr),
+        weight_decay=0.0 if unit else group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for param, wide, *_ in dense:
+        if unit:
+            norm = wide.norm(dim=1, keepdim=True)
+            wide.div_(norm.where(norm > 0, 1))
+        if wide is not param:
+            param.copy_(wide)
+
+
+def _projected(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient without its component along each row of the weight."""
+    square = weight.square().sum(1, keepdim=True)
+    along = (grad * weight).sum(1, keepdim=True) / square
+    return grad - torch.where(square > 0, along, 0) * weight
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -314,10 +431,15 @@ def _check_group(group: dict[str, Any]) -> None:
         ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
         ("eps", group["eps"], group["eps"] >= 0),
         ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+        ("moments", group["moments"], group["moments"] in moments.FORMATS),
     ):
         if not ok:
             raise ValueError(f"FusedAdam: {name} is out of range, got {value}")
     for param in group["params"]:
+        if param.dtype == torch.float64 and group["moments"] != "fp32" and param.dim() == 2:
+            raise ValueError(
+                f"FusedAdam: moments={group['moments']!r} is not for float64 parameters"
+            )
         if has_unit_norm(param) and param.dim() != 2:
             raise ValueError(
                 f"FusedAdam: only [F, D] parameters can have unit-norm rows, got "
@@ -332,111 +454,31 @@ def _release(sinks: list[tuple[weakref.ref[torch.Tensor], list[Factor]]]) -> Non
             _factors.disown(param)
 
 
-def _moment_dtype(param: torch.Tensor) -> torch.dtype:
+def _wide_dtype(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _widen(factor: Factor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and indices with K = k: pairs of value 0 with a latent the row has anyway."""
-    n, extra = factor.values.shape[0], k - factor.values.shape[1]
-    if extra == 0:
-        return factor.values, factor.indices
-    return (
-        torch.cat([factor.values, factor.values.new_zeros(n, extra)], 1),
-        torch.cat([factor.indices, factor.indices[:, :1].expand(n, extra)], 1),
-    )
+def _has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["master_weights"]) and param.dtype in (torch.bfloat16, torch.float16)
 
 
-def _merge(param: torch.Tensor, recorded: list[Factor]) -> Factor | None:
-    """One factor of the sum; None when nothing was recorded."""
-    recorded = [f for f in recorded if f.values.shape[1] > 0]
-    if len(recorded) < 2:
-        return recorded[0] if recorded else None
-    # same rows (one input, several selections): join along K, rows are not repeated
-    joined: dict[tuple[int, ...], list[Factor]] = {}
-    for f in recorded:
-        joined.setdefault((f.rows.data_ptr(), *f.rows.shape, *f.rows.stride()), []).append(f)
-    parts = [
-        fs[0]
-        if len(fs) == 1
-        else Factor(
-            torch.cat([f.values for f in fs], 1),
-            torch.cat([f.indices for f in fs], 1),
-            fs[0].rows,
-        )
-        for fs in joined.values()
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    # Factors of one width: AuxK selects another number of latents than the SAE. Padding a narrow
-    # one costs pairs of value zero, cutting a wide one costs copies of its rows (about two pairs).
-    width = min(
-        {f.values.shape[1] for f in parts},
-        key=lambda w: sum(-(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in parts),
-    )
-    values, indices, rows = zip(*(_cut(f, width) for f in parts), strict=True)
-    return Factor(torch.cat(values), torch.cat(indices), torch.cat(rows))
+def _format(param: torch.Tensor, group: dict[str, Any]) -> str:
+    return str(group["moments"]) if param.dim() == 2 else "fp32"
 
 
-def _cut(factor: Factor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same sum with K = width, over copies of the rows."""
-    n, k = factor.values.shape
-    pieces = -(-k // width)
-    values, indices = (
-        t.view(n, pieces, width).transpose(0, 1).reshape(-1, width)
-        for t in _widen(factor, pieces * width)
-    )
-    return values, indices, factor.rows.repeat(pieces, 1)
+def _names(fmt: str) -> tuple[str, ...]:
+    return _CODES if fmt == "8bit" else _MOMENTS
 
 
-def _add_to_grad(param: torch.Tensor, factor: Factor) -> None:
-    latents, grads = sparse_grad_weight(
-        factor.values, factor.indices, factor.rows, param.shape[0], layout="rows"
-    )
-    assert param.grad is not None
-    param.grad.index_add_(0, latents.long(), grads.to(param.grad.dtype))
+def _dtypes(param: torch.Tensor, fmt: str) -> tuple[torch.dtype, ...]:
+    wide = _wide_dtype(param)
+    codes = moments.dtypes(fmt)
+    return (*codes, wide, wide) if fmt == "8bit" else (wide, wide) if fmt == "fp32" else codes
 
 
-def _exchange(
-    group: dist.ProcessGroup, work: list[tuple[torch.Tensor, Factor | None]]
-) -> list[Factor | None]:
-    """Factors of all ranks joined, divided by their number; ordinary gradients averaged."""
-    world = dist.get_world_size(group)
-    device = work[0][0].device
-    # N, K (0: nothing was recorded, not even an empty batch), and whether there is a gradient
-    shape = torch.tensor(
-        [[*((0, 0) if f is None else f.values.shape), p.grad is not None] for p, f in work],
-        dtype=torch.int64,
-        device=device,
-    )
-    shapes = [torch.empty_like(shape) for _ in range(world)]
-    dist.all_gather(shapes, shape, group=group)
-    sizes = torch.stack(shapes).cpu()  # [world, params, 3]
-    out: list[Factor | None] = []
-    for i, (param, factor) in enumerate(work):
-        if sizes[:, i, 2].any():
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            dist.all_reduce(param.grad, group=group)
-            param.grad.div_(world)
-        tokens = sizes[:, i, 0].tolist()
-        n, k = max(tokens), int(sizes[:, i, 1].max())
-        if k == 0:
-            out.append(None)
-            continue
-        values = param.new_zeros(n, k)
-        indices = torch.zeros(n, k, dtype=torch.int32, device=param.device)
-        rows = param.new_zeros(n, param.shape[1])
-        if factor is not None:
-            here = factor.values.shape[0]
-            values[:here], indices[:here] = _widen(factor, k)
-            values.div_(world)
-            rows[:here] = factor.rows
-        gathered = []
-        for tensor in (values, indices, rows):
-            parts = [torch.empty_like(tensor) for _ in range(world)]
-            if n > 0:  # else a step without gradient on every rank: moments decay alike
-                dist.all_gather(parts, tensor, group=group)
-            gathered.append(torch.cat([p[:t] for p, t in zip(parts, tokens, strict=True)]))
-        out.append(Factor(*gathered))
-    return out
+def _stored(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
+    return Moments(*(state[name] for name in _names(_format(param, group))))
+
+
+def _step_tensor(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    return torch.zeros((), device=param.device if group["capturable"] else "cpu")

@@ -29,6 +29,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     lazy: bool = False
+    moments: str = "fp32"  # how FusedAdam stores them: fp32, bf16 or 8bit
     aux_coefficient: float = 1 / 32  # 0: no AuxK
     k_aux: int = 256
     dead_after: int = 10_000_000  # tokens; take a tenth of a short run's
@@ -89,7 +90,13 @@ class Trainer:
     ) -> None:
         self.sae, self.config = sae, config
         self.optimizer = optimizer or FusedAdam(
-            sae.parameters(), config.lr, config.betas, config.eps, lazy=config.lazy
+            sae.parameters(),
+            config.lr,
+            config.betas,
+            config.eps,
+            lazy=config.lazy,
+            moments=config.moments,
+            master_weights=True,  # for an SAE in 16 bits, whose small updates would round away
         )
         self._project = optimizer is not None and not isinstance(optimizer, FusedAdam)
         self.step_count = 0
