@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastsae
 from fastsae import _dispatch, ops, reference
+from fastsae.ops.topk_member import Prepared
 
 CPU_LEVELS = (
     torch.ops.fastsae._cpu_levels().split()
@@ -88,6 +89,34 @@ def test_many_tokens_are_selected(backend):
             got = ops.topk_member(x[:n], w, b, latents[:n], 7, positive=positive)
             truth = expected(x[:n], w, b, latents[:n], 7, positive=positive)
             assert torch.equal(got.cpu(), truth)
+
+
+@pytest.mark.parametrize("active", ["in few tokens", "in all"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_counting_gives_way_to_selecting(active, kind):
+    """Few tokens left are counted to the end, many are selected: one answer."""
+    n, f, k = 150, 1500, 20
+    x, w, b = (t.to(kind) for t in whole(n, 40, f))
+    latents = torch.randint(-1, f, (n, 3), generator=torch.Generator().manual_seed(1)).int()
+    best = ops.topk_encode(x, w, b, 2 * k)[1].int()
+    every = slice(None) if active == "in all" else slice(0, 100, 10)
+    latents[every, 1:] = best[every, k - 1 : k + 1]  # the last member and the first that is none
+    truth = expected(x, w, b, latents, k)
+    for screen in screens(w, "cpu"):
+        assert torch.equal(ops.topk_member(x, w, b, latents, k, screen=screen), truth)
+    assert truth[every, 1].all() and not truth[every, 2].any()
+
+
+def test_prepared_lists_are_shared_by_neighbours(backend):
+    x, w, b = (t.to(device_of(backend)) for t in whole(6, 16, 90))
+    lists = torch.tensor([[3, -1, 80], [5, 5, 7]], dtype=torch.int32, device=x.device)
+    for shape in ((2, 3, 16), (2, 1, 3, 16)):
+        with fastsae.use_backend(backend):
+            got = Prepared(w, b, 9)(x.view(shape), lists)
+        truth = expected(x, w, b, lists.repeat_interleave(3, 0), 9)
+        assert got.shape == (*shape[:-1], 3) and torch.equal(got.flatten(0, -2).cpu(), truth)
+    assert torch.equal(Prepared(w, b, 9)(x[:2], lists).cpu(), expected(x[:2], w, b, lists, 9))
+    assert Prepared(w, b, 9)(x.view(2, 3, 16)[:, :0], lists).shape == (2, 0, 3)
 
 
 def test_not_finite(backend):

@@ -34,9 +34,10 @@ def _topk_member_keys_kernel(
     w_ptr,  # [F, D]
     bias_ptr,  # [F] or None
     scale_ptr,  # [F] or None
-    latents_ptr,  # [N, J]
+    latents_ptr,  # [P, J]
     keys_ptr,  # [N, J] int64: of the latents asked for
     counts_ptr,  # [N, J] int32: 0, or k where it is no member whatever the others are
+    N_LIST,  # neighbouring tokens that share a list
     J,
     D,
     F,
@@ -47,7 +48,7 @@ def _topk_member_keys_kernel(
 ):
     n = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    latent = tl.load(latents_ptr + n * J + j, mask=j < J, other=-1)
+    latent = tl.load(latents_ptr + n // N_LIST * J + j, mask=j < J, other=-1)
     inside = (latent >= 0) & (latent < F)
     score = _dots(x_ptr + n * D, w_ptr, latent.to(tl.int64), inside, D, BLOCK, BLOCK_D)
     rank = rank_scores(score, latent, inside, bias_ptr, scale_ptr)
@@ -114,10 +115,12 @@ def topk_member(
 ) -> torch.Tensor:
     """See `fastsae.ops.topk_member`. A latent out of range is no member.
 
+    x [..., D] of N tokens, latents [P, J]: N / P neighbouring tokens share a list. Returns [N, J].
+
     Integer counts add up to the same number in any order. The screen is not read: the launches
     decide nothing on the host, and a program stops where every count of its token has reached k.
     """
-    (N, D), F, J = x.shape, W_enc.shape[0], latents.shape[1]
+    (F, D), (P, J), N = W_enc.shape, latents.shape, x.shape[:-1].numel()
     keys = torch.empty(N, J, dtype=torch.int64, device=x.device)
     counts = torch.empty(N, J, dtype=torch.int32, device=x.device)
     if N * J == 0:
@@ -125,7 +128,7 @@ def topk_member(
     constants = dict(BLOCK=_LATENTS, BLOCK_D=_BLOCK_D, num_warps=_WARPS)
     with on_device(x):
         _topk_member_keys_kernel[(triton.cdiv(J, _LATENTS), N)](
-            x, W_enc, b_enc, rank_scale, latents, keys, counts, J, D, F, k,
+            x, W_enc, b_enc, rank_scale, latents, keys, counts, N // P, J, D, F, k,
             POSITIVE=positive, **constants,
         )  # fmt: skip
         _topk_member_count_kernel[(triton.cdiv(F, _LATENTS), N)](
@@ -155,7 +158,8 @@ def configurations() -> list[Configuration]:
             label = f"{pointer[1:]} D={d} J={j}"
             result += [
                 Configuration(
-                    _topk_member_keys_kernel, label, {**common, "latents_ptr": "*i32"},
+                    _topk_member_keys_kernel, label,
+                    {**common, "latents_ptr": "*i32", "N_LIST": "i32"},
                     constants | dict(POSITIVE=True), num_warps=_WARPS,
                 ),
                 Configuration(

@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <new>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "common/cpu_level.h"
@@ -135,5 +136,10 @@ class Scratch {
   static constexpr std::align_val_t kAlign{64};
   T* p_;
 };
+
+// The operator, for others that select (topk_encode.cpp).
+std::tuple<Tensor, Tensor> topk_encode_cpu(const Tensor& x, const Tensor& W_enc,
+                                           const std::optional<Tensor>& b_enc, int64_t k, bool relu,
+                                           const std::optional<Tensor>& rank_scale);
 
 }  // namespace fastsae

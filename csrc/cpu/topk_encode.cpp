@@ -303,6 +303,8 @@ void encode(const Tensor& x, const Tensor& w, const In* bias, const In* scale, i
       .run();
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> topk_encode_cpu(const Tensor& x, const Tensor& W_enc,
                                            const std::optional<Tensor>& b_enc, int64_t k, bool relu,
                                            const std::optional<Tensor>& rank_scale) {
@@ -324,6 +326,8 @@ std::tuple<Tensor, Tensor> topk_encode_cpu(const Tensor& x, const Tensor& W_enc,
   });
   return {values, indices};
 }
+
+namespace {
 
 // lower, upper [N, F]: the filter's bounds; exact [N, F]: the fp32 scores they must enclose.
 std::tuple<Tensor, Tensor, Tensor> topk_encode_bounds(const Tensor& x, const Tensor& W_enc,

@@ -2,8 +2,12 @@
 //
 // With a screen (codes int8 [F, D], bounds [F, 2]) a latent's score is known to
 //   |step <codes, x> - <w, x>| <= margin |x|
-// from a quarter of the bytes, and only those too close to call are scored from W_enc itself. The
-// count stops at k.
+// from a quarter of the bytes, and only those too close to call are scored from W_enc itself.
+//
+// The weights are gone through in stretches, each twice as long as all before it, by the tokens
+// that still have an undecided latent: a latent of rank r is settled by the first k F / r, so most
+// tokens leave early. Where many stay, the k best of those are selected instead.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -14,9 +18,11 @@
 
 namespace fastsae {
 namespace topk_member {
-constexpr int64_t kLatents = 64;  // scored at a time
-constexpr int64_t kTokens = 4;    // share a pass over the weights
-constexpr int64_t kAlone = 8;     // times kLatents, before more threads are woken
+constexpr int64_t kLatents = 64;     // scored at a time
+constexpr int64_t kTokens = 4;       // scored together
+constexpr int64_t kAlone = 1 << 19;  // multiply-adds that no other thread is woken for
+constexpr int64_t kFew = 32;         // tokens to the end of whose weights counting is cheaper
+constexpr int64_t kFewUnscreened = 8;
 }  // namespace topk_member
 }  // namespace fastsae
 
@@ -47,145 +53,221 @@ class Counter {
   using A = acc_t<In>;
   using Key = typename topk::KeyOf<A>::Key;
 
-  Counter(const Problem<In>& p, const In* x, int64_t tokens, const int32_t* latents, int64_t J,
-          bool* member)
-      : p_(p), tokens_(tokens), x_(tokens * p.D), norm_{} {
-    for (int64_t i = 0; i < tokens * p.D; ++i) x_.get()[i] = widen(x[i]);
-    for (int64_t t = 0; t < tokens; ++t) {
-      double square = 0;
-      for (int64_t d = 0; d < p.D; ++d) {
-        square += double(x_.get()[t * p.D + d]) * double(x_.get()[t * p.D + d]);
-      }
-      // larger ones could overflow in the sums of codes: nothing is known of them
-      const double norm = std::sqrt(square) * (1 + 0x1p-20);
-      norm_[t] = norm < 0x1p60 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
-    }
-    for (int64_t i = 0; i < tokens * J; ++i) {
-      const int32_t latent = latents[i];
-      member[i] = false;
-      if (latent < 0) continue;
-      const A score = exact(i / J, latent);
-      if (p.positive && score + bias(latent) <= A(0)) continue;  // NaN stays
-      pairs_.push_back({i / J, i, latent, rank(score, latent)});
-    }
-    counts_ = std::vector<std::atomic<int64_t>>(pairs_.size());
-    for (auto& c : counts_) c = 0;
+  // x [N, D], latents [P, J], member [N, J]
+  Counter(const Problem<In>& p, const In* x, int64_t N, const int32_t* latents, int64_t P,
+          int64_t J, bool* member)
+      : p_(p), x_(x), member_(member), wide_(std::is_same<In, A>::value ? 0 : N * p.D) {
+    find_pairs(N, latents, N / P, J);
   }
 
-  void run(bool* member) {
-    // the first few show most latents to be no members, before a second thread could wake
-    const int64_t pieces = (p_.F + kLatents - 1) / kLatents, alone = std::min(kAlone, pieces);
-    for (int64_t i = 0; i < alone && open(); ++i) count(i * kLatents);
-    if (open()) {
-      const int64_t rest = pieces - alone;
-      parallel_each(rest, threads_for(rest, rest * kLatents * p_.D * tokens_),
-                    [&](int64_t i) { count((alone + i) * kLatents); });
+  // Counts until all is decided, or until selecting is cheaper. Returns the tokens left for that.
+  int64_t run() {
+    int64_t before = left();
+    for (int64_t done = 0; done < p_.F && left();) {
+      const int64_t end = std::min(p_.F, done + std::max(done, kLatents));
+      stretch(done, end);
+      done = end;
+      settle(done == p_.F);
+      // a latent of rank F / 16 is settled by 16 k others: where none is, they are members
+      const bool fruitless = done >= 16 * p_.k && 4 * left() > 3 * before;
+      const int64_t few = p_.codes ? kFew : kFewUnscreened;
+      if (left() > few && (done >= p_.F / 8 || fruitless)) break;
+      before = left();
     }
-    for (size_t i = 0; i < pairs_.size(); ++i) member[pairs_[i].place] = counts_[i] < p_.k;
+    return left();
+  }
+
+  // The undecided tokens' rows, [left, D].
+  void gather(In* rows) const {
+    for (size_t t = 0; t < open_.size(); ++t) {
+      std::copy_n(x_ + open_[t].row * p_.D, p_.D, rows + t * p_.D);
+    }
+  }
+
+  // Answers them from what was selected, indices [left, k].
+  void answer(const int32_t* indices) const {
+    for (size_t t = 0; t < open_.size(); ++t) {
+      const int32_t* best = indices + t * p_.k;
+      for (int64_t i = open_[t].begin; i < open_[t].end; ++i) {
+        member_[pairs_[i].place] = std::find(best, best + p_.k, pairs_[i].latent) != best + p_.k;
+      }
+    }
   }
 
  private:
   struct Pair {
-    int64_t token, place;
+    int64_t place;  // in member
     int32_t latent;
     A rank;
   };
+  struct Token {
+    int64_t row, begin, end;  // its pairs
+    const A* x;
+    float norm;  // at least |x|
+  };
 
+  int64_t left() const { return static_cast<int64_t>(open_.size()); }
   A bias(int64_t latent) const { return p_.bias ? widen(p_.bias[latent]) : A(0); }
   A rank(A score, int64_t latent) const {
     if (p_.bias) score += widen(p_.bias[latent]);
     return p_.scale ? score * widen(p_.scale[latent]) : score;
   }
-  A exact(int64_t token, int64_t latent) const {
+  A exact(const A* x, int64_t latent) const {
     A out;
-    score(x_.get() + token * p_.D, 1, p_.w + latent * p_.D, 1, &out);
+    score(&x, 1, p_.w + latent * p_.D, 1, &out);
     return out;
   }
 
   template <class Row>
-  void score(const A* x, int64_t tokens, const Row* w, int64_t n, A* out) const {
-#if FASTSAE_X86
-    if (p_.level >= CpuLevel::kAvx512) {
-      return avx512::topk_member::scores<A, Row>(x, tokens, w, n, p_.D, out);
-    }
-    if (p_.level == CpuLevel::kAvx2) {
-      return avx2::topk_member::scores<A, Row>(x, tokens, w, n, p_.D, out);
-    }
-#endif
-    portable::topk_member::scores<A, Row>(x, tokens, w, n, p_.D, out);
+  void score(const A* const* x, int64_t tokens, const Row* w, int64_t n, A* out) const {
+    FASTSAE_AT_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, out);
   }
 
-  bool open() const {
-    for (auto& c : counts_) {
-      if (c.load(std::memory_order_relaxed) < p_.k) return true;
+  // Scores the latents that are asked for: those that their own sign does not settle.
+  void find_pairs(int64_t N, const int32_t* latents, int64_t run, int64_t J) {
+    std::vector<Token> tokens(N);
+    std::vector<Pair> pairs;
+    Scratch<A> ranks(N * J);
+    parallel_ranges(N, J * p_.D, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int32_t* wanted = latents + n / run * J;
+        tokens[n] = {n, 0, 0, nullptr, 0.0f};
+        for (int64_t j = 0; j < J; ++j) {
+          member_[n * J + j] = false;
+          if (wanted[j] < 0) continue;
+          if (!tokens[n].x) tokens[n].x = widened(n);
+          const A score = exact(tokens[n].x, wanted[j]);
+          if (p_.positive && score + bias(wanted[j]) <= A(0)) continue;  // NaN stays
+          member_[n * J + j] = true;
+          ranks.get()[n * J + j] = rank(score, wanted[j]);
+          tokens[n].end = 1;  // not settled
+        }
+        if (p_.codes && tokens[n].end) tokens[n].norm = norm_of(tokens[n].x);
+      }
+    });
+    for (Token& token : tokens) {
+      if (!token.end) continue;
+      token.begin = static_cast<int64_t>(pairs_.size());
+      for (int64_t i = token.row * J; i < (token.row + 1) * J; ++i) {
+        if (member_[i]) pairs_.push_back({i, latents[token.row / run * J + i % J], ranks.get()[i]});
+      }
+      token.end = static_cast<int64_t>(pairs_.size());
+      open_.push_back(token);
+    }
+    counts_ = std::vector<std::atomic<int64_t>>(pairs_.size());
+    for (auto& c : counts_) c = 0;
+  }
+
+  const A* widened(int64_t n) const {
+    if constexpr (std::is_same<In, A>::value) {
+      return x_ + n * p_.D;
+    } else {
+      A* row = wide_.get() + n * p_.D;
+      for (int64_t d = 0; d < p_.D; ++d) row[d] = widen(x_[n * p_.D + d]);
+      return row;
+    }
+  }
+
+  float norm_of(const A* x) const {
+    double square;
+    FASTSAE_AT_LEVEL(p_.level, topk_member::squares, x, p_.D, &square);
+    // larger ones could overflow in the sums of codes: nothing is known of them
+    const double norm = std::sqrt(square) * (1 + 0x1p-20);
+    return norm < 0x1p60 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
+  }
+
+  bool undecided(const Token& token) const {
+    for (int64_t i = token.begin; i < token.end; ++i) {
+      if (counts_[i].load(std::memory_order_relaxed) < p_.k) return true;
     }
     return false;
   }
 
-  // Adds the latents [begin, begin + kLatents) that beat a pair to its count.
-  void count(int64_t begin) {
-    if (!open()) return;
-    const int64_t n = std::min(kLatents, p_.F - begin);
+  // Takes out the tokens whose latents are all known; after all of W_enc every one is.
+  void settle(bool all) {
+    const auto known = [&](const Token& token) {
+      if (!all && undecided(token)) return false;
+      for (int64_t i = token.begin; i < token.end; ++i) {
+        member_[pairs_[i].place] = counts_[i] < p_.k;
+      }
+      return true;
+    };
+    open_.erase(std::remove_if(open_.begin(), open_.end(), known), open_.end());
+  }
+
+  // Counts the latents [begin, end) for every open token. A block of weights serves all of them
+  // before the next one is read.
+  void stretch(int64_t begin, int64_t end) {
+    const int64_t groups = (left() + kTokens - 1) / kTokens;
+    const int64_t tasks = groups * ((end - begin + kLatents - 1) / kLatents);
+    const int64_t work = left() * (end - begin) * p_.D;
+    parallel_each(tasks, work < kAlone ? 1 : threads_for(tasks, work), [&](int64_t i) {
+      const int64_t first = begin + i / groups * kLatents, t = i % groups * kTokens;
+      count(open_.data() + t, std::min(kTokens, left() - t), first,
+            std::min(kLatents, end - first));
+    });
+  }
+
+  // Adds those of the n latents from `first` that beat a pair to its count.
+  void count(const Token* group, int64_t size, int64_t first, int64_t n) {
+    const Token* token[kTokens];
+    const A* x[kTokens];
+    int64_t tokens = 0;
+    for (int64_t t = 0; t < size; ++t) {
+      if (undecided(group[t])) token[tokens] = group + t, x[tokens++] = group[t].x;
+    }
+    if (!tokens) return;
     std::array<A, kTokens * kLatents> low, high;  // bounds of the ranks; equal where known
     if (p_.codes) {
-      if constexpr (std::is_same<A, float>::value) screened(begin, n, low.data(), high.data());
+      if constexpr (std::is_same<A, float>::value) {
+        score(x, tokens, p_.codes + first * p_.D, n, low.data());
+        std::array<float, kLatents> biases, scales;
+        for (int64_t l = 0; l < n; ++l) biases[l] = bias(first + l);
+        for (int64_t l = 0; p_.scale && l < n; ++l) scales[l] = widen(p_.scale[first + l]);
+        for (int64_t t = 0; t < tokens; ++t) {
+          FASTSAE_AT_LEVEL(p_.level, topk_member::bracket, low.data() + t * kLatents,
+                           high.data() + t * kLatents, n, p_.bounds + 2 * first, biases.data(),
+                           p_.scale ? scales.data() : nullptr, token[t]->norm);
+        }
+      }
     } else {
-      score(x_.get(), tokens_, p_.w + begin * p_.D, n, low.data());
-      for (int64_t t = 0; t < tokens_; ++t) {
+      score(x, tokens, p_.w + first * p_.D, n, low.data());
+      for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t i = t * kLatents; i < t * kLatents + n; ++i) {
-          low[i] = high[i] = rank(low[i], begin + i - t * kLatents);
+          low[i] = high[i] = rank(low[i], first + i - t * kLatents);
         }
       }
     }
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      const Pair& pair = pairs_[i];
-      if (counts_[i].load(std::memory_order_relaxed) >= p_.k) continue;
-      A *lower = low.data() + pair.token * kLatents, *upper = high.data() + pair.token * kLatents;
-      const Key own = topk::make_key<A>(pair.rank, pair.latent);
-      int64_t better = 0;
-      for (int64_t l = 0; l < n; ++l) {
-        if (upper[l] < pair.rank) continue;
-        if (lower[l] > pair.rank) {
-          ++better;
-          continue;
-        }
-        if (!(lower[l] == upper[l])) {
-          lower[l] = upper[l] = rank(exact(pair.token, begin + l), begin + l);
-        }
-        better += topk::make_key<A>(lower[l], static_cast<int32_t>(begin + l)) > own;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = token[t]->begin; i < token[t]->end; ++i) {
+        if (counts_[i].load(std::memory_order_relaxed) >= p_.k) continue;
+        const int64_t better = beaten_by(pairs_[i], x[t], low.data() + t * kLatents,
+                                         high.data() + t * kLatents, first, n);
+        counts_[i].fetch_add(better, std::memory_order_relaxed);
       }
-      counts_[i].fetch_add(better, std::memory_order_relaxed);
     }
   }
 
-  // Bounds of the ranks of n latents for every token; NaN where nothing is known.
-  void screened(int64_t begin, int64_t n, float* low, float* high) const {
-    score(x_.get(), tokens_, p_.codes + begin * p_.D, n, low);
-    for (int64_t t = 0; t < tokens_; ++t) {
-      for (int64_t l = 0; l < n; ++l) {
-        const float *bound = p_.bounds + 2 * (begin + l), b = bias(begin + l);
-        const float approx = low[t * kLatents + l] * bound[0];
-        // roundings of the sum with the bias, of the product with the scale, and of these bounds
-        const float slack = (std::abs(b) + std::abs(approx)) * 0x1p-20f + 0x1p-100f;
-        float centre = approx + b, radius = bound[1] * norm_[t] + slack;
-        if (p_.scale) {
-          const float s = widen(p_.scale[begin + l]);
-          centre *= s;
-          radius = radius * std::abs(s) + std::abs(centre) * 0x1p-20f + 0x1p-100f;
-        }
-        radius *= 1 + 0x1p-20f;
-        if (!(std::abs(centre) <= 0x1p100f)) radius = std::numeric_limits<float>::infinity();
-        low[t * kLatents + l] = centre - radius;
-        high[t * kLatents + l] = centre + radius;
-      }
+  int64_t beaten_by(const Pair& pair, const A* x, A* lower, A* upper, int64_t first,
+                    int64_t n) const {
+    int32_t better, near;
+    FASTSAE_AT_LEVEL(p_.level, topk_member::compare, lower, upper, n, pair.rank, &better, &near);
+    const Key own = topk::make_key<A>(pair.rank, pair.latent);
+    for (int64_t l = 0; near && l < n; ++l) {
+      if (upper[l] < pair.rank || lower[l] > pair.rank) continue;
+      --near;
+      if (!(lower[l] == upper[l])) lower[l] = upper[l] = rank(exact(x, first + l), first + l);
+      better += topk::make_key<A>(lower[l], static_cast<int32_t>(first + l)) > own;
     }
+    return better;
   }
 
   const Problem<In>& p_;
-  int64_t tokens_;
-  Scratch<A> x_;  // [tokens, D]
-  float norm_[kTokens];
-  std::vector<Pair> pairs_;
+  const In* x_;
+  bool* member_;
+  Scratch<A> wide_;  // [N, D] where x is narrower
+  std::vector<Token> open_;
+  std::vector<Pair> pairs_;  // by token
   std::vector<std::atomic<int64_t>> counts_;
 };
 
@@ -194,11 +276,13 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                        bool positive, const std::optional<Tensor>& codes,
                        const std::optional<Tensor>& bounds) {
   const CpuLevel level = cpu_level();
-  const int64_t N = x.size(0), D = x.size(1), F = W_enc.size(0), J = latents.size(1);
+  const int64_t D = x.size(-1), F = W_enc.size(0), P = latents.size(0), J = latents.size(1);
+  const int64_t N = D ? x.numel() / D : P;
   const ScalarType dtype = x.scalar_type();
-  check_tensor(kOp, "x", x, {N, D}, dtype);
+  STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), kOp, ": x must be a contiguous CPU tensor");
   check_tensor(kOp, "W_enc", W_enc, {F, D}, dtype);
-  check_tensor(kOp, "latents", latents, {N, J}, ScalarType::Int);
+  check_tensor(kOp, "latents", latents, {P, J}, ScalarType::Int);
+  STD_TORCH_CHECK(N == 0 || (P > 0 && N % P == 0), kOp, ": ", P, " lists for ", N, " tokens");
   if (b_enc) check_tensor(kOp, "b_enc", *b_enc, {F}, dtype);
   if (rank_scale) check_tensor(kOp, "rank_scale", *rank_scale, {F}, dtype);
   STD_TORCH_CHECK(k >= 1 && k <= F && F <= INT32_MAX, kOp, ": k = ", k, " and F = ", F,
@@ -210,13 +294,12 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
     STD_TORCH_CHECK(dtype != ScalarType::Double, kOp, ": a screen bounds fp32 scores");
   }
   const int32_t* wanted = data<int32_t>(latents);
-  for (int64_t i = 0; i < N * J; ++i) {
+  for (int64_t i = 0; i < P * J; ++i) {
     STD_TORCH_CHECK(wanted[i] >= -1 && wanted[i] < F, kOp, ": latents must lie in [-1, ", F,
                     "), got ", wanted[i]);
   }
   Tensor member = torch::stable::new_empty(x, {N, J}, ScalarType::Bool);
   if (N * J == 0) return member;
-  bool* out = mutable_data<bool>(member);
   with_float_type(dtype, kOp, [&](auto zero) {
     using In = decltype(zero);
     const Problem<In> problem{level,
@@ -229,15 +312,13 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                               F,
                               k,
                               positive};
-    const int64_t groups = (N + kTokens - 1) / kTokens;
-    const auto answer = [&](int64_t i) {
-      const int64_t n = i * kTokens, tokens = std::min(kTokens, N - n);
-      Counter<In>(problem, data<In>(x) + n * D, tokens, wanted + n * J, J, out + n * J)
-          .run(out + n * J);
-    };
-    // many groups share the threads, few are each shared by all threads
-    const int64_t threads = threads_for(groups, groups * kAlone * kLatents * D);
-    parallel_each(groups, groups >= 2 * threads ? threads : 1, answer);
+    Counter<In> counter(problem, data<In>(x), N, wanted, P, J, mutable_data<bool>(member));
+    const int64_t left = counter.run();
+    if (!left) return;
+    Tensor rows = torch::stable::new_empty(x, {left, D});
+    counter.gather(mutable_data<In>(rows));
+    const auto best = topk_encode_cpu(rows, W_enc, b_enc, k, false, rank_scale);
+    counter.answer(data<int32_t>(std::get<1>(best)));
   });
   return member;
 }

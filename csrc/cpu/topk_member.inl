@@ -41,10 +41,10 @@ inline Vec<float> load_row_n<float, int8_t>(const int8_t* p, int n) {
   return load_codes_n(p, n);
 }
 
-// out[r, l] = <x_r, w_l>: R rows x [R, d] against L rows w [L, d]. One accumulator per pair, so
+// out[r, l] = <x_r, w_l>: R rows x_r [d] against L rows w [L, d]. One accumulator per pair, so
 // that a pair's sum does not depend on its neighbours and equal rows tie.
 template <class A, class In, int R, int L>
-inline void dot_block(const A* x, const In* w, int64_t d, A* out, int64_t stride) {
+inline void dot_block(const A* const* x, const In* w, int64_t d, A* out, int64_t stride) {
   using V = Vec<A>;
   V acc[R][L];
 #pragma GCC unroll 16
@@ -56,7 +56,7 @@ inline void dot_block(const A* x, const In* w, int64_t d, A* out, int64_t stride
   for (; i + V::kLanes <= d; i += V::kLanes) {
     V xs[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) xs[r] = V::load(x + r * d + i);
+    for (int r = 0; r < R; ++r) xs[r] = V::load(x[r] + i);
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
       const V ws = load_row<A>(w + l * d + i);
@@ -68,7 +68,7 @@ inline void dot_block(const A* x, const In* w, int64_t d, A* out, int64_t stride
     const int n = static_cast<int>(d - i);
     for (int l = 0; l < L; ++l) {
       const V ws = load_row_n<A>(w + l * d + i, n);
-      for (int r = 0; r < R; ++r) acc[r][l] = V::fma(V::load_n(x + r * d + i, n), ws, acc[r][l]);
+      for (int r = 0; r < R; ++r) acc[r][l] = V::fma(V::load_n(x[r] + i, n), ws, acc[r][l]);
     }
   }
 #pragma GCC unroll 16
@@ -79,15 +79,15 @@ inline void dot_block(const A* x, const In* w, int64_t d, A* out, int64_t stride
 }
 
 template <class A, class In, int R>
-static void dots(const A* x, const In* w, int64_t n, int64_t d, A* out) {
+static void dots(const A* const* x, const In* w, int64_t n, int64_t d, A* out) {
   int64_t l = 0;
   for (; l + 4 <= n; l += 4) dot_block<A, In, R, 4>(x, w + l * d, d, out + l, kLatents);
   for (; l < n; ++l) dot_block<A, In, R, 1>(x, w + l * d, d, out + l, kLatents);
 }
 
-// out [tokens, kLatents] = x [tokens, d] times the n rows w [n, d]; tokens <= kTokens.
+// out [tokens, kLatents] = the rows x_t [d] times the n rows w [n, d]; tokens <= kTokens.
 template <class A, class In>
-static void scores(const A* x, int64_t tokens, const In* w, int64_t n, int64_t d, A* out) {
+static void scores(const A* const* x, int64_t tokens, const In* w, int64_t n, int64_t d, A* out) {
   switch (tokens) {
     case 1:
       return dots<A, In, 1>(x, w, n, d, out);
@@ -98,6 +98,55 @@ static void scores(const A* x, int64_t tokens, const In* w, int64_t n, int64_t d
     default:
       return dots<A, In, 4>(x, w, n, d, out);
   }
+}
+
+// |x|^2
+template <class A>
+static void squares(const A* x, int64_t d, double* out) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= d; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += double(x[i + j]) * double(x[i + j]);
+  }
+  for (; i < d; ++i) sums[0] += double(x[i]) * double(x[i]);
+  *out = 0;
+  for (double s : sums) *out += s;
+}
+
+// From products with codes (in low) to bounds of the ranks of n latents: low, high; NaN where
+// nothing is known. bound [n, 2] is step, margin; scale may be null.
+static void bracket(float* low, float* high, int64_t n, const float* bound, const float* bias,
+                    const float* scale, float norm) {
+  for (int64_t l = 0; l < n; ++l) {
+    const float approx = low[l] * bound[2 * l];
+    // roundings of the sum with the bias, of the product with the scale, and of these bounds
+    const float slack = (std::abs(bias[l]) + std::abs(approx)) * 0x1p-20f + 0x1p-100f;
+    low[l] = approx + bias[l];
+    high[l] = bound[2 * l + 1] * norm + slack;
+  }
+  for (int64_t l = 0; scale && l < n; ++l) {
+    low[l] *= scale[l];
+    high[l] = high[l] * std::abs(scale[l]) + std::abs(low[l]) * 0x1p-20f + 0x1p-100f;
+  }
+  for (int64_t l = 0; l < n; ++l) {
+    const float centre = low[l];
+    const float radius = std::abs(centre) <= 0x1p100f ? high[l] * (1 + 0x1p-20f)
+                                                      : std::numeric_limits<float>::infinity();
+    low[l] = centre - radius;
+    high[l] = centre + radius;
+  }
+}
+
+// How many of n bounds lie above the rank, and how many neither above nor below.
+template <class A>
+static void compare(const A* low, const A* high, int64_t n, A rank, int32_t* above, int32_t* near) {
+  int32_t over = 0, under = 0;
+  for (int64_t l = 0; l < n; ++l) {
+    over += low[l] > rank;
+    under += high[l] < rank;
+  }
+  *above = over;
+  *near = static_cast<int32_t>(n) - over - under;
 }
 
 }  // namespace topk_member

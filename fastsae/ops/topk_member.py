@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .. import _dispatch
@@ -11,10 +15,9 @@ from .topk_encode import topk_encode
 
 _OP = "topk_member"
 
-# Up to so many tokens, counting who beats a latent is used; selecting the k best of all is level
-# with it at 32 tokens whose latents are active, and ten times slower where they are not.
-# CPU: benchmarks/bench_topk_member.py. GPU: unverified, a guess.
-_COUNTS = {"cpu": 48, "cuda": 16}
+# Up to so many tokens a backend counts who beats a latent; for more, the k best are selected. C++
+# chooses by what it finds. GPU: unverified, a guess.
+_COUNTS = {"reference": 48, "triton": 16, "cuda": 16}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
 
 
@@ -34,9 +37,9 @@ def topk_member(
         s_n = rank\_scale \odot (W_{enc} x_n + b_{enc})
 
     in the canonical order of `topk_encode` (value descending, ties by lowest index, NaN first).
-    Few tokens are answered by counting, which stops at k, so that most latents that are not
-    selected cost a part of one pass over W_enc; many tokens by `topk_encode`. [N, F] is never
-    allocated, nothing is sorted.
+    Tokens are answered by counting, which stops at k, so that most latents that are not selected
+    cost a part of one pass over W_enc; where many tokens stay undecided, by `topk_encode` of those.
+    [N, F] is never allocated.
 
     Args:
         x: [..., D]; W_enc: [F, D]; b_enc: [F] or None; rank_scale: [F] or None: as in
@@ -89,36 +92,42 @@ class Prepared:
         weights = (W_enc, b_enc, rank_scale)
         self._weights = [None if t is None else t.detach().contiguous() for t in weights]
         self._k, self._positive = k, positive
-        self._few = _COUNTS.get(W_enc.device.type, 0)
         self._backend = _dispatch.forced()
-        self._kernel = _dispatch.select(_OP, W_enc)
+        self._kernel, self._few = _counting(W_enc)
 
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """x [..., D], latents [..., J] int32: [..., J] bool."""
+        """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""
         W_enc, b_enc, rank_scale = self._weights
         assert W_enc is not None
-        rows = x.numel() // max(W_enc.shape[1], 1)
+        shape = x.shape
         if not (
-            0 < rows <= self._few
+            0 < x.numel() <= self._few * shape[-1]
             and _common.unobserved(x)
             and x.dtype is W_enc.dtype
             and x.is_contiguous()
             and latents.is_contiguous()
-            and x.shape[-1] == W_enc.shape[1]
-            and x.shape[:-1] == latents.shape[:-1]
             and latents.dtype is torch.int32
+            and shape[-1] == W_enc.shape[1]
+            and shape[:1] == latents.shape[:1]
             and x.get_device() == latents.get_device() == W_enc.get_device()
             and _dispatch.forced() is self._backend
         ):
+            lists = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
+            lists = lists.expand(*shape[:-1], -1)
             return topk_member(
-                x, W_enc, b_enc, latents, self._k, rank_scale, self._positive, self.screen
+                x, W_enc, b_enc, lists, self._k, rank_scale, self._positive, self.screen
             )
         codes, bounds = (None, None) if self.screen is None else self.screen
         out: torch.Tensor = self._kernel(
-            x.view(rows, -1), W_enc, b_enc, latents.view(rows, -1), self._k, rank_scale,
-            self._positive, codes, bounds,
-        )  # fmt: skip
-        return out.view(latents.shape)
+            x, W_enc, b_enc, latents, self._k, rank_scale, self._positive, codes, bounds
+        )
+        return out.view(*shape[:-1], -1) if len(shape) > 2 else out
+
+
+def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:
+    """The implementation for tensors like x, and up to how many tokens it is to be used."""
+    name = _dispatch.chosen(_OP, x.device.type, x.dtype)
+    return _dispatch.select(_OP, x), _COUNTS.get(name, math.inf)
 
 
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,15 +219,16 @@ def _run(
 ) -> torch.Tensor:
     _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
     F = W_enc.shape[0]
-    rows = _common.flat(x)
     if latents.dtype == torch.int64:
         # clamped, not wrapped: a latent that int32 cannot hold stays out of range
         latents = latents.clamp(-2, F).to(torch.int32)
     wanted = _common.flat(latents)
-    if len(rows) > _COUNTS.get(x.device.type, 0):
+    kernel, few = _counting(x)
+    if len(wanted) > few:
+        rows = _common.flat(x)
         return _among(rows, W_enc, b_enc, wanted, k, rank_scale, positive).view(latents.shape)
-    out: torch.Tensor = _dispatch.select(_OP, x)(
-        rows,
+    out: torch.Tensor = kernel(
+        x.contiguous(),
         W_enc.contiguous(),
         None if b_enc is None else b_enc.contiguous(),
         wanted,

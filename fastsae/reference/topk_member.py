@@ -29,14 +29,17 @@ def topk_member(
     codes: torch.Tensor | None,
     bounds: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `fastsae.ops.topk_member`; the screen is not looked at."""
+    """See `fastsae.ops.topk_member`; the screen is not looked at.
+
+    x [..., D] of N tokens, latents [P, J]: N / P neighbouring tokens share a list. Returns [N, J].
+    """
     acc = acc_dtype(x.dtype)
-    scores = x.to(acc) @ W_enc.to(acc).T  # [N, F]
+    scores = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(acc) @ W_enc.to(acc).T  # [N, F]
     if b_enc is not None:
         scores = scores + b_enc.to(acc)
     ranks = scores if rank_scale is None else scores * rank_scale.to(acc)
     check_latents(latents, len(W_enc))
-    wanted = latents.long()
+    wanted = latents.long().repeat_interleave(len(scores) // max(len(latents), 1), 0)
     # stable and descending: ties keep the lowest index first, NaN ranks above +inf
     best = ranks.sort(dim=1, descending=True, stable=True).indices[:, :k]
     chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, best, True)

@@ -100,7 +100,7 @@ class Steerer:
         self._wanted = torch.full((max_batch, max_ops), -1, dtype=torch.int32, device=like.device)
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
-        self._current = self._slots[:0]
+        self._current, self._asked = self._slots[:0], self._wanted[:0]
         self._run = self._prepared()
         self._selects = False  # does an entry ask for membership among the k?
         self._member: tuple[int, PreparedMember] | None = None
@@ -172,6 +172,7 @@ class Steerer:
         self._prompt_length = prompt_length
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
+        self._asked = self._wanted[: self._sequences]  # [P, O], -1 where there is none
         self._run = self._prepared()
 
     def _prepared(self) -> Prepared:
@@ -373,7 +374,6 @@ class Steerer:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
         sae = self.sae
         assert sae is not None and sae.k is not None
-        latents = self._wanted[: self._sequences]  # [P, O], -1 where there is none
         u = x.to(sae.W_enc.dtype)
         if sae.norm != "none":
             u = normalised(u.flatten(0, -2), sae.norm, sae.eps)[0].view(x.shape)
@@ -381,11 +381,7 @@ class Steerer:
             u = u * sae.input_scale
         if sae.subtract_b_dec:
             u = u - sae.b_dec
-        wanted = latents
-        if x.dim() > 2:
-            wanted = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
-            wanted = wanted.expand(*x.shape[:-1], -1).contiguous()
-        return self._selection()(u, wanted)
+        return self._selection()(u, self._asked)
 
     def _selection(self) -> PreparedMember:
         """Membership among the k, made again when W_enc was written to."""
