@@ -139,6 +139,29 @@ def test_vmap_is_one_call_and_functional_gradients_are_refused():
         torch.func.grad(lambda row: ops.topk(row, 5)[0].sum())(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m,k", [(1, 1), (2, 1), (513, 1), (2500, 40), (40000, 7)])
+def test_triton_selects_by_digits_for_small_k(monkeypatch, dtype, m, k):
+    """The path of a few long rows: one that spans programs, ties at the k-th, signs and NaN."""
+    module = pytest.importorskip("fastsae.triton_kernels.topk")
+    monkeypatch.setattr(module, "filter_pays", lambda *sizes: False)
+    x = randn(2, m, dtype=dtype)
+    x[1] = x[1].round()
+    x[1, ::3] = -0.0
+    x[0, m // 2] = float("nan")
+    with fastsae.use_backend("triton"):
+        assert_topk(x.to(device_of("triton")), k)
+
+
+@pytest.mark.parametrize("k", [8, 30])
+def test_triton_takes_rows_in_parts(monkeypatch, k):
+    module = pytest.importorskip("fastsae.triton_kernels.topk")
+    monkeypatch.setattr(module, "MAX_SORTED", 16)
+    monkeypatch.setattr(module, "_WORKSPACE", 1 << 15)
+    with fastsae.use_backend("triton"):
+        assert_topk(randn(9, 50).to(device_of("triton")), k)
+
+
 def test_every_cpu_level():
     if fastsae._library.CPU_MISSING is not None:
         pytest.skip(fastsae._library.CPU_MISSING)

@@ -64,7 +64,7 @@ def keep_best(keys_ptr, held, K, CAPACITY: tl.constexpr, TOP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first", "fresh", "C"])
 def _filter_kernel(
-    scores_ptr,  # [R, C] fp32, row stride `stride`
+    scores_ptr,  # [R, C], row stride `stride`
     bias_ptr,  # [F] or None
     scale_ptr,  # [F] or None
     keys_ptr,  # [R, CAPACITY] int64
@@ -86,7 +86,7 @@ def _filter_kernel(
     threshold = tl.load(threshold_ptr + row)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + row * stride + at, mask=at < C, other=0.0)
+        score = tl.load(scores_ptr + row * stride + at, mask=at < C, other=0.0).to(tl.float32)
         column = first + at
         score = rank_scores(score, column, at < C, bias_ptr, scale_ptr)
         key = order_keys(score, column)
@@ -186,7 +186,7 @@ class BestKeys:
 
     def add(
         self,
-        scores: torch.Tensor,  # [R, C] fp32
+        scores: torch.Tensor,  # [R, C]
         bias: torch.Tensor | None,
         scale: torch.Tensor | None,
         first: int,
@@ -245,17 +245,20 @@ def decode_keys(
 
 
 def configurations() -> list[Configuration]:
-    """Both filter sizes, with bias and scale and without."""
+    """Both filter sizes, with bias and scale and without; topk's elements as scores."""
     result = []
-    for k, pointer in ((64, "*bf16"), (64, None), (MAX_SORTED, "*fp32")):
+    for k, pointer, scores in (
+        (64, "*bf16", "*fp32"), (64, None, "*fp32"), (MAX_SORTED, "*fp32", "*fp32"),
+        (64, None, "*bf16"), (MAX_SORTED, None, "*fp16"),
+    ):  # fmt: skip
         config = filter_config(k)
         signature = dict(
-            scores_ptr="*fp32", keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64",
+            scores_ptr=scores, keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64",
             stride="i32:16", first="i32", fresh="i32", C="i32", K="i32",
         )  # fmt: skip
         constants = dict(CAPACITY=config.capacity, TOP=top_of(k), BLOCK=config.block, LAST=True)
         _optional(signature, constants, pointer)
-        label = f"k={k} {pointer and pointer[1:]}"
+        label = f"k={k} {pointer and pointer[1:]}" + (f" {scores[1:]} scores" * (scores != "*fp32"))
         result.append(Configuration(_filter_kernel, label, signature, constants, config.num_warps))
     signature = dict(
         scores_ptr="*fp32", keys_ptr="*i64", stride="i32:16", keys_stride="i32",
