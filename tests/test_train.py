@@ -75,12 +75,15 @@ def test_other_optimizer_keeps_unit_norm():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
 
 
-def test_resumes_exactly(tmp_path):
-    config = TrainConfig(40, lr=1e-2, dead_after=500, log_every=10)
-    x = data()
+@pytest.mark.parametrize(
+    "moments,dtype", [("fp32", torch.float32), ("8bit", torch.bfloat16)], ids=["fp32", "8bit-bf16"]
+)
+def test_resumes_exactly(tmp_path, moments, dtype):
+    config = TrainConfig(40, lr=1e-2, dead_after=500, log_every=10, moments=moments)
+    x = data().to(dtype)
 
     def start():
-        sae = TopKSAE(D, F, K, seed=0)
+        sae = TopKSAE(D, F, K, seed=0, dtype=dtype)
         return sae, Trainer(sae, config)
 
     whole, trainer = start()
@@ -100,6 +103,22 @@ def test_resumes_exactly(tmp_path):
     third = start()[1]
     third.load(tmp_path / "run.pt")
     assert third.step_count == 40
+
+
+def test_checkpoint_from_before_a_field(tmp_path):
+    """A file without `moments` was written with the default."""
+    trainer = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(2))
+    trainer.save(tmp_path / "run.pt")
+    state = torch.load(tmp_path / "run.pt")
+    del state["config"]["moments"]
+    for group in state["optimizer"]["param_groups"]:
+        del group["moments"], group["master_weights"], group["capturable"]
+    torch.save(state, tmp_path / "run.pt")
+    trainer.load(tmp_path / "run.pt")
+    trainer.step(data()[:50])
+    other = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(2, moments="8bit"))
+    with pytest.raises(ValueError, match="moments 'fp32' .here '8bit'"):
+        other.load(tmp_path / "run.pt")
 
 
 def test_bad_checkpoints_are_refused_by_name(tmp_path):

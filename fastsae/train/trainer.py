@@ -14,6 +14,7 @@ import torch
 from ..nn import TopKSAE
 from ..nn._files import write_atomic
 from ..optim import FusedAdam
+from ..reference.moments import FORMATS
 
 _FORMAT, _VERSION = "fastsae.Trainer", 1
 
@@ -29,11 +30,11 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     lazy: bool = False
-    moments: str = "fp32"  # how FusedAdam stores them: fp32, bf16 or 8bit
     aux_coefficient: float = 1 / 32  # 0: no AuxK
     k_aux: int = 256
     dead_after: int = 10_000_000  # tokens; take a tenth of a short run's
     log_every: int = 50
+    moments: str = "fp32"  # how FusedAdam stores them: fp32, bf16 or 8bit
 
     def __post_init__(self) -> None:
         for name, ok in (
@@ -44,6 +45,7 @@ class TrainConfig:
             ("k_aux", self.k_aux >= 1),
             ("dead_after", self.dead_after >= 1),
             ("log_every", self.log_every >= 1),
+            ("moments", self.moments in FORMATS),
         ):
             if not ok:
                 raise ValueError(f"TrainConfig: {name} is out of range, got {getattr(self, name)}")
@@ -71,7 +73,7 @@ class Metrics:
 
 
 class Trainer:
-    """Trains one SAE. The loss is the batch's FVU plus AuxK.
+    """Trains one SAE (one in bf16 or fp16 by fp32 masters). The loss is the batch's FVU plus AuxK.
 
         trainer = Trainer(sae, TrainConfig(steps=1500, dead_after=200_000))
         trainer.fit(shuffled(activations, 2048, seed=0), progress=True)
@@ -227,7 +229,9 @@ class Trainer:
                 f"{path}: format_version is {state.get('format_version')!r}, this fastsae reads "
                 f"{_VERSION}"
             )
-        saved = {**state["config"], "betas": tuple(state["config"]["betas"])}
+        # fields that are newer than the file had their default then
+        saved = asdict(TrainConfig(1)) | state["config"]
+        saved["betas"] = tuple(saved["betas"])
         here = asdict(self.config)
         differ = [k for k in here if saved.get(k) != here[k] and k != "log_every"]
         if differ:
