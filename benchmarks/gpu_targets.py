@@ -158,9 +158,12 @@ def _tokens(size: Size) -> list[torch.Tensor]:
     return Inputs(size).x[:1]
 
 
-def _own(size: Size) -> Callable[[torch.Tensor], float]:
+def _own(size: Size, **options: Any) -> Callable[[torch.Tensor], float]:
     sae = fastsae.nn.TopKSAE(size.d, size.f, size.k, dtype=size.dtype, device=size.device)
-    return own_step(sae, fastsae.optim.FusedAdam(sae.parameters(), lr=1e-3))
+    return own_step(sae, fastsae.optim.FusedAdam(sae.parameters(), lr=1e-3, **options))
+
+
+FEW_BITS = {"moments": "8bit", "master_weights": True}
 
 
 def _verified(device: str) -> str:
@@ -192,13 +195,15 @@ def step(piece: Piece) -> None:
     def dense(**options: Any) -> Callable[[], peers.Step]:
         return lambda: peers.eager_step(d, f, k, **options)
 
-    makers: dict[str, Callable[[], peers.Step]] = {
+    makers: dict[str, Callable[[], Any]] = {
+        "fastsae": lambda: _own(size),
+        "fastsae, 8-bit moments and masters": lambda: _own(size, **FEW_BITS),
         "dense eager": dense(),
         "dense compiled": dense(compiled=True),
         "sparsify": lambda: peers.sparsify_step(d, f, k, optimizer="adam", device=size.device),
     }
     rows = []
-    for name in ("fastsae", *makers):  # one at a time: two of them may not fit
+    for name in makers:  # one at a time: two of them may not fit
         built: list[Any] = []
 
         def call(i: int, name: str = name, built: list[Any] = built) -> Any:
@@ -207,12 +212,13 @@ def step(piece: Piece) -> None:
                 torch.set_default_dtype(size.dtype)
                 try:
                     with torch.device(size.device):
-                        built.append(_own(size) if name == "fastsae" else makers[name]())
+                        built.append(makers[name]())
                 finally:
                     torch.set_default_dtype(before)
             return built[0](xs[0])
 
-        check = (lambda _: _verified(size.device)) if name == "fastsae" else peer_check(size.n, k)
+        own = name.startswith("fastsae")
+        check = (lambda _: _verified(size.device)) if own else peer_check(size.n, k)
         contenders = [
             Contender("product", lambda i: xs[0] @ w[0].T),
             Contender(name, call, check),
@@ -242,7 +248,7 @@ def largest(piece: Piece) -> None:
     row = {**run._row("training_step", "fastsae", size), "verified": False, "note": ""}
     (x,) = _tokens(size)
     try:
-        train, clock = _own(size), piece.plan.clock()
+        train, clock = _own(size, **FEW_BITS), piece.plan.clock()
         losses: list[float] = []
         seconds = [clock.seconds(lambda: losses.append(train(x))) for _ in range(4)]
         ms = 1e3 * statistics.median(seconds[1:])

@@ -1,0 +1,114 @@
+"""A whole training step waits for nothing and allocates by shapes alone, so a CUDA graph holds it.
+
+Without a GPU: forward, loss, backward and FusedAdam by the Triton kernels in their interpreter,
+under a mode that refuses what would wait for a device and notes every allocation.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED, randn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastsae
+from fastsae.nn import TopKSAE
+from fastsae.optim import FusedAdam
+
+WAITS = {
+    "_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "equal", "is_nonzero",
+}  # fmt: skip
+N, D, F, K = 8, 24, 40, 3
+
+
+class Watched(TorchDispatchMode):
+    """Refuses what waits for the device; notes the shapes of every result."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, name
+        if name in ("index", "index_put_"):
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            assert not masks, f"{name} by a mask"
+        out = func(*args, **(kwargs or {}))
+        shapes = [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.shapes.append((name, shapes))
+        return out
+
+
+def training(dtype, device, fmt, *, capturable=True):
+    sae = TopKSAE(D, F, K, seed=0, dtype=dtype, device=device)
+    if device == "cpu":  # torch's own Adam for the biases reads its step there
+        sae.b_enc.requires_grad_(False)
+        sae.b_dec.requires_grad_(False)
+    lr = torch.tensor(1e-2, device=device) if capturable else 1e-2
+    opt = FusedAdam(
+        [p for p in sae.parameters() if p.requires_grad], lr=lr, moments=fmt,
+        master_weights=True, capturable=capturable,
+    )  # fmt: skip
+
+    def step(x):
+        loss = (sae(x) - x).float().square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach()
+
+    return sae, step
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: the graph itself is tested")
+@pytest.mark.parametrize(
+    "dtype,fmt", [(torch.float32, "fp32"), (torch.float32, "bf16"), (torch.bfloat16, "8bit")],
+    ids=["fp32", "bf16-moments", "bf16-8bit"],
+)  # fmt: skip
+def test_a_training_step_neither_waits_nor_allocates_by_data_on_triton(dtype, fmt):
+    pytest.importorskip("triton")
+    noted = []
+    # random; every token with the same latents; nothing but ties
+    for x in (randn(N, D, seed=1), randn(1, D, seed=2).expand(N, D), torch.zeros(N, D)):
+        x = x.to(dtype).contiguous()
+        _, step = training(dtype, "cpu", fmt)
+        with fastsae.use_backend("triton"):
+            step(x)  # makes the state
+            with Watched() as watched:
+                step(x)
+        noted.append(watched.shapes)
+    assert len(noted[0]) > 20 and noted[0] == noted[1] == noted[2]
+    with pytest.raises(AssertionError, match="nonzero"), Watched():
+        torch.ones(3).nonzero()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("fmt", ["fp32", "8bit"])
+@pytest.mark.parametrize("name", ["triton", "cuda", None])
+def test_a_replayed_gpu_graph_trains_as_eager_steps_do(fmt, name):
+    results = []
+    xs = [randn(64, D, dtype=torch.bfloat16, seed=s).cuda() for s in range(6)]
+    for captured in (False, True):
+        sae, step = training(torch.bfloat16, "cuda", fmt)
+        buffer = xs[0].clone()
+        with fastsae.use_backend(name):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for x in xs[:3]:
+                    buffer.copy_(x)
+                    step(buffer)
+            torch.cuda.current_stream().wait_stream(stream)
+            if captured:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step(buffer)
+            for x in xs[3:]:
+                buffer.copy_(x)
+                graph.replay() if captured else step(buffer)
+        results.append([p.detach().clone() for p in sae.parameters()])
+    for eager, replayed in zip(*results, strict=True):
+        assert torch.equal(eager, replayed)
