@@ -112,16 +112,19 @@ class Prepared:
             and x.get_device() == latents.get_device() == W_enc.get_device()
             and _dispatch.forced() is self._backend
         ):
-            lists = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
-            lists = lists.expand(*shape[:-1], -1)
-            return topk_member(
-                x, W_enc, b_enc, lists, self._k, rank_scale, self._positive, self.screen
-            )
+            lists, k = spread(latents, x), self._k
+            return topk_member(x, W_enc, b_enc, lists, k, rank_scale, self._positive, self.screen)
         codes, bounds = (None, None) if self.screen is None else self.screen
         out: torch.Tensor = self._kernel(
             x, W_enc, b_enc, latents, self._k, rank_scale, self._positive, codes, bounds
         )
         return out.view(*shape[:-1], -1) if len(shape) > 2 else out
+
+
+def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Lists [P, J] of x [P, ..., D] as a list for each token, [P, ..., J]."""
+    lists = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
+    return lists.expand(*x.shape[:-1], -1)
 
 
 def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import _steer_codes as codes
 from ..ops.steer import Prepared
 from ..ops.topk_member import Prepared as PreparedMember
+from ..ops.topk_member import spread, topk_member
 from ..reference.steer import normalised
 from ..train.activations import find_site, output_of
 from .describe import SAEDescription, describe
@@ -102,9 +103,12 @@ class Steerer:
         self._sequences = 0  # of the programs in force; 0: none
         self._current, self._asked = self._slots[:0], self._wanted[:0]
         self._run = self._prepared()
-        self._selects = False  # does an entry ask for membership among the k?
+        # may an entry ask for membership among the k, and does one now?
+        self._exact = sae is not None and sae.exact_membership
+        self._selects = False
         self._member: tuple[int, PreparedMember] | None = None
         self._positions = prompt_and_generated()
+        self._only: torch.Tensor | None = None
         self._prompt_length: int | None = None
         self._mask: torch.Tensor | None = None
         self._module, self._inputs = module, inputs
@@ -169,6 +173,8 @@ class Steerer:
             )
         self._write(programs)
         self._positions = positions or prompt_and_generated()
+        only = self._positions.only
+        self._only = None if only is None else torch.tensor(only, device=self._slots.device)
         self._prompt_length = prompt_length
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
@@ -242,7 +248,9 @@ class Steerer:
         self._slots.zero_()
         self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
         self._wanted[: len(slots)].copy_(self._latents.index_select(0, self._slots[: len(slots)]))
-        self._selects = bool((code[..., 1] & codes.MEMBER).any())
+        # a captured graph must serve the next program too, which a CPU need not wait for
+        asked = self._code.device.type != "cpu" or bool((code[..., 1] & codes.MEMBER).any())
+        self._selects = self._exact and asked
 
     def _entries(self, program: Program) -> list[_Entry]:
         entries = [self._entry(op) for op in program]
@@ -327,11 +335,11 @@ class Steerer:
         if where.everywhere:
             self._mask = None
             return
-        if self._prompt_length is None:
+        if self._prompt_length is None:  # the first pass
             ids = kwargs.get("input_ids")
             tokens = ids if ids is not None else kwargs["inputs_embeds"]
             self._prompt_length = int(past_length(kwargs)) + tokens.shape[1]
-        self._mask = token_mask(where, kwargs, self._prompt_length, self._bos)
+        self._mask = token_mask(where, kwargs, self._prompt_length, self._bos, self._only)
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if not self._sequences:
@@ -368,7 +376,8 @@ class Steerer:
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""
-        return self._run(x, mask, self._members(x) if self._selects else None)
+        selects = self._exact if torch.compiler.is_compiling() else self._selects
+        return self._run(x, mask, self._members(x) if selects else None)
 
     def _members(self, x: torch.Tensor) -> torch.Tensor:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
@@ -381,7 +390,11 @@ class Steerer:
             u = u * sae.input_scale
         if sae.subtract_b_dec:
             u = u - sae.b_dec
-        return self._selection()(u, self._asked)
+        if not torch.compiler.is_compiling():
+            return self._selection()(u, self._asked)
+        # a graph would keep the screen of weights that are written to later
+        asked, positive = spread(self._asked, u), not sae.identity
+        return topk_member(u, sae.W_enc, sae.b_enc, asked, sae.k, sae.rank_scale, positive)
 
     def _selection(self) -> PreparedMember:
         """Membership among the k, made again when W_enc was written to."""

@@ -73,6 +73,7 @@ def token_mask(
     kwargs: dict[str, Any],
     prompt_length: int,
     bos: int | None,
+    only: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, T] bool: which tokens of this forward pass are edited.
 
@@ -102,7 +103,6 @@ def token_mask(
         if ids is None or bos is None:
             raise ValueError("steer: exclude='bos' needs input_ids and the model's bos_token_id")
         mask = mask & ~((ids == bos) & (position <= 0))
-    if where.only is not None:
-        chosen = torch.tensor(where.only, device=like.device)
-        mask = mask & torch.isin(position, chosen)
+    if only is not None:  # where.only on the device: copied before the model runs
+        mask = mask & torch.isin(position, only)
     return mask
