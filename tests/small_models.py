@@ -12,6 +12,14 @@ FAMILIES = {
     "qwen": ("Qwen2ForCausalLM", "Qwen2Config", {}),
     "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
 }
+# tested where a batch changes: a window shorter than the text
+SLIDING = {
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    ),
+}
 COMMON = {
     "hidden_size": D,
     "num_hidden_layers": 3,
@@ -22,7 +30,7 @@ COMMON = {
 
 
 def tiny(family: str) -> torch.nn.Module:
-    name, config, own = FAMILIES[family]
+    name, config, own = {**FAMILIES, **SLIDING}[family]
     sizes = own if family == "gpt2" else {**COMMON, **own}
     import transformers
 
