@@ -54,8 +54,8 @@ stage_build() {
   FASTSAE_BUILD=1 FASTSAE_CUDA=1 FASTSAE_CUDA_ARCHS=$arch "$python" setup.py build_ext --inplace
 }
 stage_tests() { "$python" -m pytest -q -p no:cacheprovider tests/test_sparse_*.py \
-  tests/test_topk.py tests/test_topk_encode.py tests/test_bench.py tests/test_training_graph.py \
-  -k "cuda or triton or gpu"; }
+  tests/test_topk.py tests/test_topk_encode*.py tests/test_bench.py tests/test_training_graph.py \
+  -k "cuda or triton or gpu or fused"; }
 stage_sanitizer() {
   if ! command -v compute-sanitizer >/dev/null; then echo "no compute-sanitizer here: skipped"; return; fi
   compute-sanitizer --error-exitcode 1 "$python" -m fastsae bench --device cuda --quick \

@@ -14,6 +14,7 @@ A piece writes its rows as they come and leaves out what its file already has. W
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -34,8 +35,9 @@ import _peers as peers
 from bench_training_step import own_step, peer_check
 
 import fastsae
+from fastsae import _dispatch
 from fastsae.bench import run
-from fastsae.bench.cases import Inputs, Size
+from fastsae.bench.cases import CASES, Inputs, Size, product
 from fastsae.bench.timing import Contender, Measurement, measure
 
 BIG = (8192, 4096, 131072, 64)
@@ -111,7 +113,38 @@ def encode(piece: Piece) -> None:
     for shape in (BIG, NARROW):
         size = piece.size(*shape)
         if not piece.has(size):
-            piece.add(run.one("topk_encode", size, Inputs(size), piece.plan, piece.plan.clock()))
+            given, clock = Inputs(size), piece.plan.clock()
+            rows = run.one("topk_encode", size, given, piece.plan, clock)
+            piece.add(rows + designs(size, given, piece.plan, clock))
+
+
+def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[str, Any]]:
+    """Every design of the Triton encoder that can run, forced, beside the product: their table in
+    triton_kernels/topk_encode.py is a prediction until these rows decide it."""
+    x, w, unit, case = (
+        given.x[0],
+        given.w[0],
+        product(size, given),
+        CASES["topk_encode"](size, given),
+    )
+    if _dispatch._missing("topk_encode", "triton", x.device.type, x.dtype) is not None:
+        return []
+    kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
+    names = [n for n in kernels.DESIGNS if kernels.runs(n, x, size.k)]
+
+    def contender(name: str) -> Contender:
+        def call(i: int) -> Any:
+            return kernels.topk_encode(x, w, given.b, size.k, True, None, design=name)
+
+        return Contender(name, call, case.check)
+
+    contenders = [Contender("product", unit.run), *map(contender, names)]
+    base, *measured = measure(contenders, rounds=plan.rounds, seconds=plan.seconds, clock=clock)
+    rows = []
+    for name, m in zip(names, measured):
+        rows.append(run._row("topk_encode", f"triton {name}", size))
+        run._fill(rows[-1], m, case, base)
+    return rows
 
 
 def grid(piece: Piece) -> None:

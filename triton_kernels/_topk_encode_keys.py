@@ -70,6 +70,7 @@ def _filter_kernel(
     keys_ptr,  # [R, CAPACITY] int64
     held_ptr,  # [R] int32: keys in use
     threshold_ptr,  # [R] int64: K-th best key so far
+    only_ptr,  # [R] int32 or None: not 0 where a row is to be looked at
     stride,
     first,  # column of scores_ptr[0, 0]
     fresh,  # columns before this one have been seen
@@ -81,6 +82,9 @@ def _filter_kernel(
     LAST: tl.constexpr,  # leave the K best sorted in front
 ):
     row = tl.program_id(0).to(tl.int64)
+    if only_ptr is not None:  # noqa: SIM102 - the first is decided by the compiler
+        if tl.load(only_ptr + row) == 0:
+            return
     keys_ptr += row * CAPACITY
     held = tl.load(held_ptr + row)
     threshold = tl.load(threshold_ptr + row)
@@ -192,11 +196,13 @@ class BestKeys:
         first: int,
         fresh: int,
         last: bool,
+        only: torch.Tensor | None = None,
     ) -> None:
-        """Columns first + fresh to first + C; with `last` the k best are then in order in front."""
+        """Columns first + fresh to first + C; with `last` the k best are then in order in front.
+        only: [R] int32, 0 for rows to be left alone."""
         rows, columns = scores.shape
         _filter_kernel[(rows,)](
-            scores, bias, scale, self.keys, self.held, self.threshold,
+            scores, bias, scale, self.keys, self.held, self.threshold, only,
             scores.stride(0), first, fresh, columns, self.k,
             CAPACITY=self.config.capacity, TOP=top_of(self.k),
             BLOCK=self.config.block, LAST=last, num_warps=self.config.num_warps,
@@ -257,6 +263,10 @@ def configurations() -> list[Configuration]:
             stride="i32:16", first="i32", fresh="i32", C="i32", K="i32",
         )  # fmt: skip
         constants = dict(CAPACITY=config.capacity, TOP=top_of(k), BLOCK=config.block, LAST=True)
+        if (k, pointer) == (64, "*bf16"):
+            signature["only_ptr"] = "*i32"
+        else:
+            constants["only_ptr"] = None
         _optional(signature, constants, pointer)
         label = f"k={k} {pointer and pointer[1:]}" + (f" {scores[1:]} scores" * (scores != "*fp32"))
         result.append(Configuration(_filter_kernel, label, signature, constants, config.num_warps))

@@ -35,6 +35,7 @@ def _product_kernel(
     x_ptr,  # [R, D]
     W_ptr,  # [C, D]
     scores_ptr,  # [R, C] fp32, row stride `stride`
+    only_ptr,  # [R] int32 or None: blocks of rows where all are 0 are left out
     R,
     C,
     D,
@@ -48,7 +49,11 @@ def _product_kernel(
     x_row = x_ptr + row.to(tl.int64)[:, None] * D
     W_row = W_ptr + column.to(tl.int64)[None, :] * D
     acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    depth = D
+    if only_ptr is not None:  # noqa: SIM102 - the first is decided by the compiler
+        if tl.max(tl.load(only_ptr + row, mask=row < R, other=0)) == 0:
+            depth, R = 0, 0
+    for start in range(0, depth, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_row + d[None, :], mask=(row[:, None] < R) & (d[None, :] < D), other=0.0)
         w = tl.load(W_row + d[:, None], mask=(column[None, :] < C) & (d[:, None] < D), other=0.0)
@@ -65,16 +70,25 @@ def has_library_product(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32 and torch.version.hip is None
 
 
-def product(x: torch.Tensor, W: torch.Tensor, scores: torch.Tensor, **config: Any) -> None:
-    """scores [R, C] = x [R, D] W [C, D]^T, summed in fp32."""
-    if has_library_product(x) and not config:
+def product(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    scores: torch.Tensor,
+    only: torch.Tensor | None = None,
+    **config: Any,
+) -> None:
+    """scores [R, C] = x [R, D] W [C, D]^T, summed in fp32.
+
+    only: [R] int32; the scores of rows where it is 0 need not be written.
+    """
+    if has_library_product(x) and only is None and not config:
         torch.mm(x, W.T, out_dtype=torch.float32, out=scores)
         return
     (rows, d), columns = x.shape, W.shape[0]
     tile = ProductConfig(**config) if config else (_FP32 if x.dtype == torch.float32 else _LOW)
     grid = (triton.cdiv(rows, tile.block_n), triton.cdiv(columns, tile.block_f))
     _product_kernel[grid](
-        x, W, scores, rows, columns, d, scores.stride(0),
+        x, W, scores, only, rows, columns, d, scores.stride(0),
         BLOCK_N=tile.block_n, BLOCK_F=tile.block_f, BLOCK_D=tile.block_d,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -91,6 +105,10 @@ def configurations() -> list[Configuration]:
                 stride="i32:16",
             )  # fmt: skip
             constants = dict(BLOCK_N=tile.block_n, BLOCK_F=tile.block_f, BLOCK_D=tile.block_d)
+            if dtype != torch.float16:
+                constants["only_ptr"] = None
+            else:
+                signature["only_ptr"] = "*i32"
             result.append(
                 Configuration(
                     _product_kernel,

@@ -1,12 +1,15 @@
 """topk_encode: selection while the scores are formed; no [N, F] in memory.
 
-Columns in chunks of a slab that stays in the L2 cache, each a product followed by a kernel that
-keeps every row's k best so far. Any k, F, D and dtype. Where it pays, fp32 inputs are filtered by
-products of bf16 copies with a proven error bound (`_topk_encode_bounds`); the result is the same.
+"chunked": columns in chunks of a slab that stays in the L2 cache, each a product followed by a
+kernel that keeps every row's k best so far. Any k, F, D and dtype. "bounded": fp32 inputs are
+filtered by products of bf16 copies with a proven error bound (`_topk_encode_bounds`). "fused": the
+filter in the epilogue of a persistent product (`_topk_encode_fused`), bf16 and fp16, sm_90 and
+later. All select the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,7 @@ import triton.language as tl
 from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
 from ._topk_encode_bounds import BoundedKeys, round_rows
+from ._topk_encode_fused import MAX_FUSED, FusedConfig, fused_keys
 from ._topk_encode_keys import MAX_SORTED, BestKeys, MergedKeys, decode_keys
 from ._topk_encode_product import product
 
@@ -44,18 +48,64 @@ def select_chunked(
     chunks: Chunks,
 ) -> torch.Tensor:
     """Keys [R, >= k] with the k best in order in front."""
-    (rows, _), f = x.shape, W_enc.shape[0]
+    rows, f = len(x), len(W_enc)
     columns = chunks.columns(rows, f)
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
-    best: BestKeys | MergedKeys
     if k <= MAX_SORTED:
         best = BestKeys(rows, k, x.device)
-    else:
-        best = MergedKeys(rows, k, columns, x.device)
+        _add_columns(best, slab, x, W_enc, b_enc, rank_scale)
+        return best.keys
+    merged = MergedKeys(rows, k, columns, x.device)
+    for first, fresh, last in _chunks_of(f, columns):
+        product(x, W_enc[first : first + columns], slab)
+        merged.add(slab, b_enc, rank_scale, first, fresh, last)
+    return merged.keys
+
+
+def _chunks_of(f: int, columns: int) -> Iterator[tuple[int, int, bool]]:
+    """First column, how many of it have been seen, whether it is the last chunk."""
     for begin in range(0, f, columns):
         first = min(begin, f - columns)  # the last chunk overlaps: all have one shape
-        product(x, W_enc[first : first + columns], slab)
-        best.add(slab, b_enc, rank_scale, first, begin - first, last=begin + columns >= f)
+        yield first, begin - first, begin + columns >= f
+
+
+def _add_columns(
+    best: BestKeys,
+    slab: torch.Tensor,  # [R, columns] fp32
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    rank_scale: torch.Tensor | None,
+    only: torch.Tensor | None = None,
+) -> None:
+    columns = slab.shape[1]
+    for first, fresh, last in _chunks_of(len(W_enc), columns):
+        product(x, W_enc[first : first + columns], slab, only)
+        best.add(slab, b_enc, rank_scale, first, fresh, last, only)
+
+
+_TILE = FusedConfig()
+
+
+def select_fused(
+    x: torch.Tensor,  # [R, D] bf16 or fp16
+    W_enc: torch.Tensor,  # [F, D]
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+    config: FusedConfig = _TILE,
+) -> torch.Tensor:
+    """The same by the fused product; k up to MAX_FUSED. Rows that overflowed are then taken through
+    the chunks, by launches that find nothing to do where there are none."""
+    if x.is_cuda:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    else:
+        programs = 3  # interpreted
+    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config, programs)
+    columns = chunks.columns(len(x), len(W_enc))
+    slab = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
+    _add_columns(best, slab, x, W_enc, b_enc, rank_scale, overflow)
     return best.keys
 
 
@@ -76,11 +126,10 @@ def select_bounded(
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     copy = torch.empty(columns, d, dtype=torch.bfloat16, device=x.device)
     norms = torch.empty(columns, 2, dtype=torch.float32, device=x.device)
-    for begin in range(0, f, columns):
-        first = min(begin, f - columns)
+    for first, fresh, last in _chunks_of(f, columns):
         round_rows(W_enc[first : first + columns], copy, norms)
         product(best.rounded, copy, slab)
-        best.add(slab, norms, first, begin - first, last=begin + columns >= f)
+        best.add(slab, norms, first, fresh, last)
     return best.finish()
 
 
@@ -89,6 +138,40 @@ def bounds_pay(n: int, d: int, f: int, k: int) -> bool:
     is some twenty times faster, against which a pass over W_enc for its copy and k rescored rows a
     token are little from a few hundred tokens on, unless most latents are close to the k-th."""
     return n >= 256 and d >= 64 and f >= 24 * k and k <= MAX_SORTED
+
+
+# Few launches rather than a slab in L2: where no row overflowed, all of them are empty.
+_FUSED_CHUNKS = Chunks(rows=8192, slab=1 << 25)
+
+# Shapes where the fused product is chosen: N and F at least, D at most. A prediction, unverified on
+# a GPU (benchmarks/NOTES.md): its epilogue and the chunks' pass over the scores cost the same time
+# whatever D is, and its product is slower than the library's. benchmarks/gpu_suite.sh times both.
+_FUSED = ({"n": 2048, "f": 16384, "d": 2048},)
+
+
+DESIGNS = ("chunked", "bounded", "fused")
+
+
+def runs(design: str, x: torch.Tensor, k: int) -> bool:
+    """Whether a design can take a call. The fused product needs TMA and rows of whole 16 bytes."""
+    if design == "bounded":
+        return x.dtype == torch.float32 and k <= MAX_SORTED
+    if design == "chunked":
+        return True
+    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8:
+        return False
+    if not x.is_cuda:
+        return True  # interpreted
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def design_of(x: torch.Tensor, f: int, k: int) -> str:
+    """Which of the designs takes a call."""
+    n, d = x.shape
+    if x.dtype == torch.float32:
+        return "bounded" if bounds_pay(n, d, f, k) else "chunked"
+    pays = any(n >= row["n"] and f >= row["f"] and d <= row["d"] for row in _FUSED)
+    return "fused" if pays and runs("fused", x, k) else "chunked"
 
 
 def _rows_at_once(n: int, k: int, chunks: Chunks, bounded_d: int = 0) -> int:
@@ -153,16 +236,20 @@ def topk_encode(
     k: int,
     relu: bool,
     rank_scale: torch.Tensor | None,
+    design: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `fastsae.ops.topk_encode`. No host sync; unverified on a GPU."""
+    """See `fastsae.ops.topk_encode`. No host sync; unverified on a GPU.
+
+    design: one of DESIGNS, for tests and benchmarks; None chooses by shape.
+    """
     n = x.shape[0]
     values = x.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    chunks = Chunks()
-    bounded = x.dtype == torch.float32 and bounds_pay(n, x.shape[1], len(W_enc), k)
-    select = select_bounded if bounded else select_chunked
+    design = design or design_of(x, len(W_enc), k)
+    chunks = _FUSED_CHUNKS if design == "fused" else Chunks()
+    select = dict(chunked=select_chunked, bounded=select_bounded, fused=select_fused)[design]
     with on_device(x):
-        step = _rows_at_once(n, k, chunks, x.shape[1] if bounded else 0)
+        step = _rows_at_once(n, k, chunks, x.shape[1] if design == "bounded" else 0)
         for begin in range(0, n, step):
             some = slice(begin, begin + step)
             keys = select(x[some], W_enc, b_enc, k, rank_scale, chunks)

@@ -1,0 +1,141 @@
+"""topk_encode in the epilogue of the product, with tiles small enough for the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import INTERPRETED, device_of
+
+from fastsae import reference
+
+fused = pytest.importorskip("fastsae.triton_kernels._topk_encode_fused")
+keys_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_keys")
+encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no GPU and no interpreter", allow_module_level=True)
+DEVICE = device_of("triton")
+SMALL = fused.FusedConfig(16, 64, 16, 4, 2, keys_module.FilterConfig(128, 64, 4))
+
+
+def integers(n, d, f, dtype=torch.bfloat16):
+    """Every order of summation is exact, so selections must be identical."""
+    g = torch.Generator().manual_seed(n + d + f)
+    x = torch.randint(-3, 4, (n, d), generator=g)
+    W, b = torch.randint(-2, 3, (f, d), generator=g), torch.randint(-2, 3, (f,), generator=g)
+    scale = torch.randint(-1, 3, (f,), generator=g)  # zero and negative too
+    return [t.to(dtype).to(DEVICE) for t in (x, W, b, scale)]
+
+
+def select(x, W, b, k, scale=None, chunks=None):
+    chunks = chunks or encode_module.Chunks(slab=len(x) * 128)
+    keys = encode_module.select_fused(x, W, b, k, scale, chunks, SMALL)
+    indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
+    keys_module.decode_keys(keys, None, indices, False)
+    return indices.cpu()
+
+
+def expected(x, W, b, k, scale=None):
+    b, scale = (None if t is None else t.cpu() for t in (b, scale))
+    return reference.topk_encode(x.cpu(), W.cpu(), b, k, False, scale)[1]
+
+
+@pytest.fixture
+def redone(monkeypatch):
+    """How many rows each call took through the chunks."""
+    counts = []
+    add = encode_module._add_columns
+
+    def counted(*args):
+        counts.append(int(args[-1].sum()))
+        add(*args)
+
+    monkeypatch.setattr(encode_module, "_add_columns", counted)
+    return counts
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_is_the_reference(dtype, scaled):
+    x, W, b, scale = integers(19, 24, 601, dtype)
+    b, scale = (b, scale) if scaled else (None, None)
+    assert torch.equal(select(x, W, b, 5, scale), expected(x, W, b, 5, scale))
+
+
+@pytest.mark.parametrize("n,d,f,k", [(1, 8, 5, 5), (1, 8, 1, 1), (3, 40, 200, 32), (17, 16, 65, 1)])
+def test_odd_sizes(n, d, f, k):
+    x, W, b, _ = integers(n, d, f)
+    assert torch.equal(select(x, W, b, k), expected(x, W, b, k))
+
+
+def test_rows_that_overflow_are_redone(redone):
+    """Ascending columns pass every threshold; the rows beside them must stay untouched."""
+    f = 300
+    x, W = torch.zeros(18, 16), torch.zeros(f, 16)
+    W[:, 0] = torch.arange(f) / 512
+    W[:, 1] = torch.randint(-2, 3, (f,), generator=torch.Generator().manual_seed(0))
+    x[::2, 0], x[1::2, 0] = 1, -1
+    x[5, :2] = torch.tensor([0, 1])
+    x, W = x.half().to(DEVICE), W.half().to(DEVICE)
+    assert torch.equal(select(x, W, None, 8), expected(x, W, None, 8))
+    assert redone == [9]
+
+
+def test_ties_keep_the_lowest_index_and_never_overflow(redone):
+    x, W, b, _ = integers(3, 16, 200)
+    got = select(x * 0, W, b * 0, 20)
+    assert got.tolist() == [list(range(20))] * 3
+    assert redone == [0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["x", "W", "b"])
+def test_not_finite(where, bad):
+    x, W, b, _ = integers(3, 24, 200)
+    {"x": x[1], "W": W[150], "b": b}[where][7] = bad
+    assert torch.equal(select(x, W, b, 9), expected(x, W, b, 9))
+
+
+@pytest.mark.parametrize("design", ["chunked", "fused"])
+def test_a_design_can_be_forced(monkeypatch, design):
+    taken = []
+    for name in ("chunked", "fused"):
+        real = getattr(encode_module, f"select_{name}")
+        monkeypatch.setattr(
+            encode_module, f"select_{name}", lambda *a, n=name, r=real: taken.append(n) or r(*a)
+        )
+    x, W, b, scale = integers(2, 16, 70)
+    values, indices = encode_module.topk_encode(x, W, b, 3, True, scale, design=design)
+    truth = reference.topk_encode(x.cpu(), W.cpu(), b.cpu(), 3, True, scale.cpu())
+    assert taken == [design]
+    assert torch.equal(indices.cpu(), truth[1]) and torch.equal(values.cpu(), truth[0])
+
+
+def test_choice_by_shape():
+    def choice(n, d, f, k=64, dtype=torch.bfloat16):
+        return encode_module.design_of(torch.empty(n, d, dtype=dtype, device="meta"), f, k)
+
+    assert choice(8192, 768, 131072) == "fused"
+    assert choice(8192, 4096, 131072) == choice(16, 768, 131072) == "chunked"
+    assert choice(8192, 768, 131072, 1000) == choice(8192, 767, 131072) == "chunked"
+    assert choice(8192, 768, 131072, dtype=torch.float32) == "bounded"
+
+
+@pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**24, 256)])
+def test_extra_memory_is_bounded(n, f, k):
+    chunks = encode_module._FUSED_CHUNKS
+    rows = encode_module._rows_at_once(n, k, chunks)
+    held = rows * (4 * chunks.columns(rows, f) + keys_module.BestKeys.bytes_per_row(k) + 4)
+    assert rows == 8192 and held <= 256 << 20
+
+
+def test_first_phase_fits_and_phases_cover_the_columns():
+    config = fused.FusedConfig()
+    for k in (1, 64, fused.MAX_FUSED):
+        for f in (1, 1000, 131072, 2**24):
+            phases = config.phases(k, f)
+            assert phases[0][0] == 0 and phases[-1][1] == f
+            assert phases[0][1] <= config.buffer.capacity
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(phases))
