@@ -130,7 +130,7 @@ def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[
     if _dispatch._missing("topk_encode", "triton", x.device.type, x.dtype) is not None:
         return []
     kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
-    names = [n for n in kernels.DESIGNS if kernels.runs(n, x, size.k)]
+    names = [n for n in (*kernels.DESIGNS, "fp8") if kernels.runs(n, x, size.k)]
 
     def contender(name: str) -> Contender:
         def call(i: int) -> Any:
@@ -321,7 +321,8 @@ def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
     for d in (*widths, None, None)[:2]:  # the wider target first
         best = _best([r for r in encoded if r["D"] == d], "topk_encode")
         cell(best and best.get("of_product"))
-    cell(None)  # there is no fp8 filter yet
+    likely = [r for r in encoded if r["D"] == max(widths) and r["backend"] == "triton fp8"]
+    cell(likely[0].get("of_product") if likely else None)
     speedups = []
     shapes: dict[tuple[int, ...], dict[str, float]] = {}
     for r in rows.get("grid", []):

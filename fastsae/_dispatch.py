@@ -127,6 +127,11 @@ def select(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _select(op, tensor.device.type, tensor.dtype, _forced)
 
 
+def required(op: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` by one backend, whatever is forced; raises when it cannot run."""
+    return _select(op, tensor.device.type, tensor.dtype, backend)
+
+
 def forced() -> str | None:
     """The backend that `use_backend` asked for."""
     return _forced

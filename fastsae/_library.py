@@ -21,7 +21,8 @@ PUBLIC_SCHEMAS = {
     "topk": "(Tensor x, SymInt k) -> (Tensor values, Tensor indices)",
     "topk_encode": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str activation='relu', "
-        "Tensor? rank_scale=None, Tensor? latents=None) -> (Tensor values, Tensor indices)"
+        "Tensor? rank_scale=None, Tensor? latents=None, str filter='exact') "
+        "-> (Tensor values, Tensor indices)"
     ),
     "topk_member": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor latents, SymInt k, "

@@ -88,8 +88,8 @@ def _exact_keys(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         used = inside[:, None] & (d < D)[None, :]
-        x = tl.load(x_row + d, mask=d < D, other=0.0)
-        w = tl.load(at + d[None, :], mask=used, other=0.0)
+        x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(at + d[None, :], mask=used, other=0.0).to(tl.float32)
         sums += tl.where(used, w * x[None, :], 0.0)
     rank = rank_scores(tl.sum(sums, axis=1), column, inside, bias_ptr, scale_ptr)
     return order_keys(rank, column)
@@ -160,12 +160,14 @@ def _bounds_kernel(
     K,
     D,
     g,
+    sigmas,
     CAPACITY: tl.constexpr,
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
+    LIKELY: tl.constexpr,  # errors as of independent roundings, sigmas times; else the bound
 ):
     row = tl.program_id(0).to(tl.int64)
     lower_ptr += row * CAPACITY
@@ -173,7 +175,7 @@ def _bounds_kernel(
     held = tl.load(held_ptr + row)
     threshold = tl.load(threshold_ptr + row)
     x_size = tl.load(x_norms_ptr + row * 2)
-    x_off = tl.load(x_norms_ptr + row * 2 + 1) + g * x_size
+    x_off = tl.load(x_norms_ptr + row * 2 + 1)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
         new = (at >= fresh) & (at < C)
@@ -181,14 +183,19 @@ def _bounds_kernel(
         rank = tl.load(scores_ptr + row * stride + at, mask=new, other=0.0)
         w_size = tl.load(W_norms_ptr + at * 2, mask=new, other=0.0)
         w_off = tl.load(W_norms_ptr + at * 2 + 1, mask=new, other=0.0)
+        if LIKELY:
+            by_x, by_w = x_off * w_size, x_size * w_off
+            margin = sigmas * tl.sqrt(by_x * by_x + by_w * by_w)
+        else:
+            margin = x_off * w_size + x_size * w_off
         # the last terms: roundings that follow the sums, here and in the exact rank
-        margin = x_off * w_size + x_size * w_off + tl.abs(rank) * _EPS + _TINY
+        margin += g * x_size * w_size + tl.abs(rank) * _EPS + _TINY
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + column, mask=new, other=0.0)
+            bias = tl.load(bias_ptr + column, mask=new, other=0.0).to(tl.float32)
             rank += bias
             margin += tl.abs(bias) * _EPS
         if scale_ptr is not None:
-            scale = tl.load(scale_ptr + column, mask=new, other=0.0)
+            scale = tl.load(scale_ptr + column, mask=new, other=0.0).to(tl.float32)
             rank *= scale
             margin = margin * tl.abs(scale) + tl.abs(rank) * _EPS + _TINY
         margin *= 1.0 + _EPS
@@ -262,10 +269,12 @@ def _best_kernel(
 class BoundedKeys:
     """The k best of `rows` rows of x, from scores of bf16 copies; k up to MAX_SORTED."""
 
+    sigmas = 0.0  # the bound is proven
+
     def __init__(
         self,
-        x: torch.Tensor,  # [R, D] fp32
-        W: torch.Tensor,  # [F, D] fp32
+        x: torch.Tensor,  # [R, D] fp32 (a subclass: any)
+        W: torch.Tensor,  # [F, D]
         bias: torch.Tensor | None,
         scale: torch.Tensor | None,
         k: int,
@@ -274,14 +283,18 @@ class BoundedKeys:
         assert k <= MAX_SORTED
         self.x, self.W, self.bias, self.scale, self.k = x, W, bias, scale, k
         self.config = filter_config(k)
-        self.rounded = torch.empty_like(x, dtype=torch.bfloat16)
         self.norms = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
-        round_rows(x, self.rounded, self.norms)
+        self._round()
         size = (rows, self.config.capacity)
         self.keys = torch.empty(size, dtype=torch.int64, device=x.device)
         self.upper = torch.empty(size, dtype=torch.int32, device=x.device)
         self.held = torch.zeros(rows, dtype=torch.int32, device=x.device)
         self.threshold = torch.full((rows,), -(2**31), dtype=torch.int32, device=x.device)
+
+    def _round(self) -> None:
+        self.g = accumulation(self.x.shape[1])
+        self.rounded = torch.empty_like(self.x, dtype=torch.bfloat16)
+        round_rows(self.x, self.rounded, self.norms)
 
     @staticmethod
     def bytes_per_row(k: int, d: int) -> int:
@@ -295,9 +308,11 @@ class BoundedKeys:
         _bounds_kernel[(rows,)](
             scores, self.norms, norms, self.x, self.W, self.bias, self.scale,
             self.keys, self.upper, self.held, self.threshold,
-            scores.stride(0), first, fresh, scores.shape[1], self.k, d, accumulation(d),
+            scores.stride(0), first, fresh, scores.shape[1], self.k, d, self.g,
+            self.sigmas / d**0.5,
             CAPACITY=self.config.capacity, TOP=top_of(self.k), BLOCK=self.config.block,
-            GROUP=GROUP, BLOCK_D=_BLOCK_D, LAST=last, num_warps=self.config.num_warps,
+            GROUP=GROUP, BLOCK_D=_BLOCK_D, LAST=last, LIKELY=self.sigmas > 0,
+            num_warps=self.config.num_warps,
         )  # fmt: skip
 
     def finish(self) -> torch.Tensor:
@@ -321,22 +336,26 @@ def configurations() -> list[Configuration]:
         signature = dict(rows_ptr="*fp32", rounded_ptr="*bf16", norms_ptr="*fp32", D=d)
         label = "aligned" if d == "i32:16" else "odd D"
         result.append(Configuration(_round_rows_kernel, label, signature, dict(BLOCK_D=1024)))
-    for k, d, extras in ((64, "i32:16", True), (64, "i32", False), (MAX_SORTED, "i32:16", True)):
+    for k, d, extras, pointer in (
+        (64, "i32:16", True, "*fp32"), (64, "i32", False, "*fp32"),
+        (MAX_SORTED, "i32:16", True, "*fp32"), (64, "i32:16", True, "*bf16"),
+    ):  # fmt: skip
         config = filter_config(k)
         common = dict(
-            x_ptr="*fp32", W_ptr="*fp32", bias_ptr="*fp32", scale_ptr="*fp32",
+            x_ptr=pointer, W_ptr=pointer, bias_ptr=pointer, scale_ptr=pointer,
             held_ptr="*i32", D=d,
         )  # fmt: skip
         shared = dict(CAPACITY=config.capacity, GROUP=GROUP, BLOCK_D=_BLOCK_D)
         if not extras:
             shared |= dict(bias_ptr=None, scale_ptr=None)
-        label = f"k={k} " + ("bias, scale" if extras else "odd D")
+        likely = pointer != "*fp32"  # the filter in fp8
+        label = f"k={k} " + ("bias, scale" if extras else "odd D") + " bf16, likely" * likely
         signature = dict(
             scores_ptr="*fp32", x_norms_ptr="*fp32", W_norms_ptr="*fp32", **common,
             lower_ptr="*i64", upper_ptr="*i32", threshold_ptr="*i32", stride="i32:16",
-            first="i32", fresh="i32", C="i32", K="i32", g="fp32",
+            first="i32", fresh="i32", C="i32", K="i32", g="fp32", sigmas="fp32",
         )  # fmt: skip
-        constants = dict(shared, TOP=top_of(k), BLOCK=config.block, LAST=True)
+        constants = dict(shared, TOP=top_of(k), BLOCK=config.block, LAST=True, LIKELY=likely)
         result += [
             Configuration(_bounds_kernel, label, signature, constants, config.num_warps),
             Configuration(_rescore_kernel, label, dict(common, keys_ptr="*i64"), shared),

@@ -4,7 +4,8 @@
 kernel that keeps every row's k best so far. Any k, F, D and dtype. "bounded": fp32 inputs are
 filtered by products of bf16 copies with a proven error bound (`_topk_encode_bounds`). "fused": the
 filter in the epilogue of a persistent product (`_topk_encode_fused`), bf16 and fp16, sm_90 and
-later. All select the same.
+later. All three select the same. "fp8", never chosen by itself: products of fp8 copies with a
+statistical margin (`_topk_encode_fp8`), which can miss a latent.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton.language as tl
 from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
 from ._topk_encode_bounds import BoundedKeys, round_rows
+from ._topk_encode_fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
 from ._topk_encode_fused import MAX_FUSED, FusedConfig, fused_keys
 from ._topk_encode_keys import MAX_SORTED, BestKeys, MergedKeys, decode_keys
 from ._topk_encode_product import product
@@ -133,6 +135,29 @@ def select_bounded(
     return best.finish()
 
 
+def select_likely(
+    x: torch.Tensor,  # [R, D]
+    W_enc: torch.Tensor,  # [F, D]
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+) -> torch.Tensor:
+    """The same by fp8 products with a statistical margin: a latent can be missed. k up to
+    MAX_SORTED."""
+    (rows, d), f = x.shape, W_enc.shape[0]
+    columns = chunks.columns(rows, f)
+    columns = min(columns, max(16, chunks.copy_bytes // d // 16 * 16))
+    best = LikelyKeys(x, W_enc, b_enc, rank_scale, k)
+    slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
+    copy = Fp8Rows(columns, d, x.device)
+    for first, fresh, last in _chunks_of(f, columns):
+        copy.round(W_enc[first : first + columns])
+        fp8_product(best.codes, copy, slab)
+        best.add(slab, copy.norms, first, fresh, last)
+    return best.finish()
+
+
 def bounds_pay(n: int, d: int, f: int, k: int) -> bool:
     """Whether a bf16 filter with rescoring beats fp32 products. Unverified on a GPU: a bf16 product
     is some twenty times faster, against which a pass over W_enc for its copy and k rescored rows a
@@ -149,13 +174,15 @@ _FUSED_CHUNKS = Chunks(rows=8192, slab=1 << 25)
 _FUSED = ({"n": 2048, "f": 16384, "d": 2048},)
 
 
-DESIGNS = ("chunked", "bounded", "fused")
+DESIGNS = ("chunked", "bounded", "fused")  # exact; "fp8" must be asked for
 
 
 def runs(design: str, x: torch.Tensor, k: int) -> bool:
     """Whether a design can take a call. The fused product needs TMA and rows of whole 16 bytes."""
     if design == "bounded":
         return x.dtype == torch.float32 and k <= MAX_SORTED
+    if design == "fp8":
+        return k <= MAX_SORTED and unavailable(x.device) is None
     if design == "chunked":
         return True
     if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8:
@@ -240,16 +267,20 @@ def topk_encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fastsae.ops.topk_encode`. No host sync; unverified on a GPU.
 
-    design: one of DESIGNS, for tests and benchmarks; None chooses by shape.
+    design: one of DESIGNS, for tests and benchmarks, or "fp8"; None chooses an exact one by shape.
     """
     n = x.shape[0]
     values = x.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
     design = design or design_of(x, len(W_enc), k)
     chunks = _FUSED_CHUNKS if design == "fused" else Chunks()
-    select = dict(chunked=select_chunked, bounded=select_bounded, fused=select_fused)[design]
+    select = dict(
+        chunked=select_chunked, bounded=select_bounded, fused=select_fused, fp8=select_likely
+    )[design]
+    if design == "fp8" and (why := unavailable(x.device)) is not None:
+        raise RuntimeError(f"topk_encode: filter='fp8' cannot run: {why}")
     with on_device(x):
-        step = _rows_at_once(n, k, chunks, x.shape[1] if design == "bounded" else 0)
+        step = _rows_at_once(n, k, chunks, x.shape[1] if design in ("bounded", "fp8") else 0)
         for begin in range(0, n, step):
             some = slice(begin, begin + step)
             keys = select(x[some], W_enc, b_enc, k, rank_scale, chunks)

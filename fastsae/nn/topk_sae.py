@@ -53,6 +53,7 @@ class TopKSAE(nn.Module):
 
     tokens_seen: torch.Tensor
     last_fired: torch.Tensor
+    filter: str = "exact"  # of `encode`, see `fastsae.ops.topk_encode`; not saved
 
     def __init__(
         self,
@@ -208,6 +209,7 @@ class TopKSAE(nn.Module):
             self.k,
             activation=self.activation,
             rank_scale=self._rank_scale(),
+            filter=self.filter,
         )
         if self.training and not _recomputing():
             self._track(values.detach(), indices)

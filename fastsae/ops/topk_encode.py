@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from . import _common, _factors
 
 _OP = "topk_encode"
 _ACTIVATIONS = ("relu", "identity")
+_FILTERS = ("exact", "fp8")
 
 
 def topk_encode(
@@ -22,6 +24,7 @@ def topk_encode(
     activation: str = "relu",
     rank_scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
+    filter: str = "exact",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""The k largest latents of every token, `act(top_k(x W_enc^T + b_enc))`.
 
@@ -57,6 +60,7 @@ def topk_encode(
     Raises:
         ValueError: a shape, device, k or activation does not fit.
         TypeError: dtypes differ or are not supported.
+        RuntimeError: filter="fp8" cannot run here; the message says why.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 3; `rank_scale` is
     SAELens's `rescale_acts_by_decoder_norm`.
@@ -64,12 +68,12 @@ def topk_encode(
     _common.refuse_transforms(_OP, x, W_enc, b_enc)
     if _factors.records(W_enc):
         values, indices = torch.ops.fastsae.topk_encode(
-            x, W_enc.detach(), b_enc, k, activation, rank_scale, latents
+            x, W_enc.detach(), b_enc, k, activation, rank_scale, latents, filter
         )
         relu = activation == "relu"
         return _factors.record_encode(values, W_enc, indices, x.to(W_enc.dtype), relu), indices
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastsae.topk_encode(
-        x, W_enc, b_enc, k, activation, rank_scale, latents
+        x, W_enc, b_enc, k, activation, rank_scale, latents, filter
     )
     return result
 
@@ -82,6 +86,7 @@ def _check(
     activation: str,
     rank_scale: torch.Tensor | None,
     latents: torch.Tensor | None,
+    filter: str,
 ) -> None:
     _common.check_floats(_OP, W_enc=W_enc, x=x, b_enc=b_enc, rank_scale=rank_scale)
     _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
@@ -101,6 +106,10 @@ def _check(
         competing, name = latents.shape[0], "M, the number of latents"
     if not 1 <= k <= competing:
         raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {k}")
+    if filter not in _FILTERS:
+        raise ValueError(f"{_OP}: filter must be one of {_FILTERS}, got {filter!r}")
+    if filter == "fp8" and k > 1024:
+        raise ValueError(f"{_OP}: filter='fp8' takes k up to 1024, got {k}")
 
 
 def _run(
@@ -111,14 +120,18 @@ def _run(
     activation: str = "relu",
     rank_scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
+    filter: str = "exact",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, W_enc, b_enc, k, activation, rank_scale, latents)
+    _check(x, W_enc, b_enc, k, activation, rank_scale, latents, filter)
     if latents is not None:
         chosen = latents.long()
         W_enc = W_enc.index_select(0, chosen)
         b_enc = None if b_enc is None else b_enc.index_select(0, chosen)
         rank_scale = None if rank_scale is None else rank_scale.index_select(0, chosen)
-    values, indices = _dispatch.select(_OP, x)(
+    run = _dispatch.select(_OP, x)
+    if filter == "fp8":
+        run = partial(_dispatch.required(_OP, "triton", x), design="fp8")
+    values, indices = run(
         _common.flat(x),
         W_enc.contiguous(),
         None if b_enc is None else b_enc.contiguous(),
@@ -139,14 +152,15 @@ def _fake(
     activation: str = "relu",
     rank_scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
+    filter: str = "exact",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, W_enc, b_enc, k, activation, rank_scale, latents)
+    _check(x, W_enc, b_enc, k, activation, rank_scale, latents, filter)
     size = (*x.shape[:-1], k)
     return x.new_empty(size), x.new_empty(size, dtype=torch.int32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, W_enc, b_enc, _, activation, _, _ = inputs
+    x, W_enc, b_enc, _, activation, *_ = inputs
     values, indices = output
     ctx.relu = activation == "relu"
     ctx.has_bias = b_enc is not None
@@ -159,7 +173,7 @@ def _backward(
     ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing frees what was unpacked
     _common.refuse_double_backward(_OP, (grad, *saved))
     x, W_enc, values, indices = saved
@@ -173,7 +187,7 @@ def _backward(
     if ctx.has_bias and ctx.needs_input_grad[2]:
         ones = grad_pre.new_ones(*grad_pre.shape[:-1], 1)
         db_enc = torch.ops.fastsae.sparse_grad_weight(grad_pre, indices, ones, f).squeeze(1)
-    return dx, dW_enc, db_enc, None, None, None, None
+    return dx, dW_enc, db_enc, None, None, None, None, None
 
 
 def _autocast(
@@ -184,8 +198,9 @@ def _autocast(
     activation: str = "relu",
     rank_scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
+    filter: str = "exact",
 ) -> tuple[Any, ...]:
-    return x.to(W_enc.dtype), W_enc, b_enc, k, activation, rank_scale, latents
+    return x.to(W_enc.dtype), W_enc, b_enc, k, activation, rank_scale, latents, filter
 
 
 _common.register(

@@ -1,0 +1,149 @@
+"""The fp8 filter of topk_encode: what it rounds, what it selects, where it is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED, device_of, randn
+
+import fastsae
+from fastsae import ops, reference
+from fastsae.nn import TopKSAE
+
+pytest.importorskip("triton")
+
+from fastsae.triton_kernels import topk_encode as module
+from fastsae.triton_kernels._topk_encode_fp8 import Fp8Rows, fp8_product, unavailable
+
+DEVICE = device_of("triton")
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and unavailable(torch.device("cuda")) is not None, reason="no fp8 tensor cores"
+)
+
+
+def unit_rows(f, d, seed=1, dtype=torch.float32):
+    return torch.nn.functional.normalize(randn(f, d, seed=seed), dim=1).to(dtype)
+
+
+def fp8(x, W, b, k, **options):
+    args = [None if t is None else t.to(DEVICE) for t in (x, W, b)]
+    values, indices = ops.topk_encode(*args, k, filter="fp8", **options)
+    return values.cpu(), indices.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n,d,f,k", [(9, 64, 700, 8), (3, 33, 1500, 40), (1, 16, 50, 50)])
+def test_selects_the_exact_latents(dtype, n, d, f, k):
+    """Random data: no latent is missed here, and the values are fp32 sums rounded once."""
+    x, W = randn(n, d, dtype=dtype, seed=2), unit_rows(f, d, dtype=dtype)
+    b = (randn(f, seed=3) / 10).to(dtype)
+    values, indices = fp8(x, W, b, k, activation="identity")
+    exact = x.double() @ W.double().T + b.double()
+    for row in range(n):
+        assert len(set(indices[row].tolist())) == k
+    got = exact.gather(1, indices.long())
+    best = exact.topk(k).values
+    torch.testing.assert_close(got, best, rtol=0, atol=1e-5)  # ties of fp32 aside
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(values.double(), got, rtol=tolerance, atol=1e-5)
+    assert (values.float().diff(dim=1) <= 0).all()
+
+
+def test_rank_scale_relu_and_overflowing_rows():
+    """Equal latents leave nothing to drop: rows are settled in fp32, ties by lowest index."""
+    x = torch.cat([randn(3, 32, seed=4), torch.ones(1, 32)])
+    W = unit_rows(1500, 32)
+    W[1:1200] = W[0]
+    scale = torch.rand(1500, generator=torch.Generator().manual_seed(5)) + 0.5
+    scale[:1200] = 1.0
+    values, indices = fp8(x, W, None, 20, rank_scale=scale)
+    ranks = (x.double() @ W.double().T).float()
+    for row in range(4):
+        kept = indices[row].long()
+        order = (ranks[row] * scale).double()
+        assert (order[kept] - order.topk(20).values).abs().max() < 1e-5
+        same = [i for i in kept.tolist() if i < 1200]
+        assert same == sorted(same)
+        torch.testing.assert_close(values[row], ranks[row][kept].relu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e10, 1e30])
+def test_rows_of_any_size_and_not_finite(scale):
+    x, W = randn(6, 48, seed=6), unit_rows(600, 48)
+    x[1] = 0
+    x[2, 5], x[3, 6] = float("nan"), float("inf")
+    W[17, 3] = float("nan")
+    values, indices = fp8(x * scale, W, None, 8)
+    expected = reference.topk_encode(x * scale, W, None, 8, True, None)
+    assert indices[[0, 1, 3, 4, 5], 0].tolist() == [17] * 5  # NaN ranks above all
+    for row in range(6):
+        assert len(set(indices[row].tolist())) == 8
+        assert int(indices[row].min()) >= 0 and int(indices[row].max()) < 600
+    for row in (0, 4, 5):
+        assert torch.equal(indices[row], expected[1][row])
+        torch.testing.assert_close(values[row], expected[0][row], rtol=1e-5, atol=0, equal_nan=True)
+    assert torch.equal(indices[1], expected[1][1])
+
+
+def test_codes_and_product():
+    """A power of two scales a row into e4m3's range; norms bound what is there and what is lost."""
+    rows = randn(7, 70, seed=7) * torch.logspace(-8, 8, 7)[:, None]
+    room = Fp8Rows(7, 70, torch.device(DEVICE))
+    room.round(rows.to(DEVICE))
+    codes, units = room.codes.float().cpu(), room.units.cpu()
+    assert codes.shape[1] == 80 and not codes[:, 70:].any()
+    assert (units.log2() == units.log2().round()).all()
+    assert (codes.abs().amax(1) >= 120).all() and (codes.abs().amax(1) <= 256).all()
+    low = codes[:, :70] * units[:, None]
+    assert torch.equal(codes[:, :70], (rows / units[:, None]).to(torch.float8_e4m3fn).float())
+    size, off = room.norms.cpu().T
+    torch.testing.assert_close(off, (rows - low).norm(dim=1), rtol=1e-5, atol=1e-17)
+    assert (size >= rows.norm(dim=1)).all() and (size >= low.norm(dim=1)).all()
+    scores = torch.empty(7, 7, device=DEVICE)
+    fp8_product(room, room, scores)
+    torch.testing.assert_close(
+        scores.cpu().double(), low.double() @ low.double().T, rtol=1e-4, atol=0
+    )
+
+
+def test_gradients_module_and_refusals():
+    sae = TopKSAE(24, 90, 5, seed=0, device=DEVICE)
+    twin = TopKSAE(24, 90, 5, seed=0, device=DEVICE)
+    sae.filter = "fp8"
+    x = randn(6, 24, seed=8).to(DEVICE)
+    for each in (sae, twin):
+        (each(x) - x).square().sum().backward()
+    for p, q in zip(sae.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    W = unit_rows(1100, 24).to(DEVICE)
+    with pytest.raises(ValueError, match="filter must be one of"):
+        ops.topk_encode(x, W, None, 5, filter="int8")
+    with pytest.raises(ValueError, match="takes k up to 1024"):
+        ops.topk_encode(x, W, None, 1025, filter="fp8")
+    with pytest.raises(RuntimeError, match="triton.*cannot run"):
+        ops.topk_encode(x.double(), W.double(), None, 5, filter="fp8")
+    torch.library.opcheck(
+        torch.ops.fastsae.topk_encode.default,
+        (x[:2], W[:40].detach(), None, 5, "relu", None, None, "fp8"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    with fastsae.use_backend("reference"):  # the filter names its backend itself
+        assert torch.equal(
+            ops.topk_encode(x, W, None, 5)[1], ops.topk_encode(x, W, None, 5, filter="fp8")[1]
+        )
+
+
+def test_the_choice_is_by_argument_alone():
+    """Nothing but filter="fp8" comes here."""
+    calls = []
+    original = module.select_likely
+    try:
+        module.select_likely = lambda *a: calls.append(1) or original(*a)
+        x, W = randn(3, 32).to(DEVICE), unit_rows(400, 32).to(DEVICE)
+        with fastsae.use_backend("triton"):
+            ops.topk_encode(x, W, None, 4)
+            assert not calls
+            ops.topk_encode(x, W, None, 4, filter="fp8")
+            assert calls
+    finally:
+        module.select_likely = original

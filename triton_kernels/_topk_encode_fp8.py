@@ -1,0 +1,200 @@
+"""The filter of topk_encode in fp8 (e4m3), opt-in: nearly certain, never a proof.
+
+Rows of x and of W are scaled to the format's range and rounded, x^ = x + dx, w^ = w + dw. If the
+roundings of the D places are independent, the error of a score has the standard deviation
+
+    sigma^2 = (|dx|^2 |w|^2 + |x^|^2 |dw|^2) / D
+
+A pair is kept while its score + SIGMAS sigma reaches the k-th best score - SIGMAS sigma; what is
+left is scored in fp32 from the rows themselves, so values and order are exact and only a latent can
+be missed, by an error of about twice the margin. Measured (`benchmarks/fp8_recall.py`, emulated):
+none of 1,179,648 at 4 sigma, eight at 2. A bound that is proven would leave 500 to 9000 latents a
+row to score and could not pay.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._blocks import POINTERS
+from ._configuration import Configuration
+from ._topk_encode_bounds import BoundedKeys
+
+SIGMAS = 4.0
+CAPABILITY = (8, 9)  # the first with fp8 tensor cores
+_EPS = tl.constexpr(2.0**-20)
+# Hopper's tensor cores keep some 13 bits of a sum of fp8 products. Sums are taken over 128 places
+# at a time and added in fp32: four steps each, of at most 2^-13 of |x| |w| over those places.
+_INEXACT = tl.constexpr(128)
+ACCUMULATION = 2.0**-11
+_BLOCK_N, _BLOCK_F, _BLOCK_D = 128, 128, 128
+_TARGETS = ("sm_90", "sm_100")
+
+
+@triton.jit
+def _round_e4m3(v):
+    """v, |v| < 448, as the nearest number of the format, ties to even: the cast that follows is
+    then exact (Triton's interpreter truncates and loses carries)."""
+    bits = v.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # three bits of mantissa
+    small = (v + 24576.0) - 24576.0  # multiples of 2^-9
+    return tl.where(tl.abs(v) < 0.015625, small, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _fp8_rows_kernel(
+    rows_ptr,  # [R, D]
+    codes_ptr,  # [R, STRIDE] e4m3
+    norms_ptr,  # [R, 2] fp32: of the row and its code, of what the code left out
+    units_ptr,  # [R] fp32: a code of 1 stands for this
+    D,
+    STRIDE,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK_D,), tl.float32)
+    finite = tl.full((BLOCK_D,), 1, tl.int32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        r = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        finite = tl.where(tl.abs(r) < 2.0**40, finite, 0)  # NaN as well
+        largest = tl.maximum(largest, tl.abs(r))
+    known = tl.min(finite) == 1
+    most = tl.max(tl.where(finite == 1, largest, 0.0))
+    # a power of two: scaling by it rounds nothing
+    bits = tl.maximum(most, 2.0**-60).to(tl.int32, bitcast=True)
+    unit = ((bits & 0x7F800000) - (7 << 23)).to(tl.float32, bitcast=True)  # most / unit < 256
+    square = tl.zeros((BLOCK_D,), tl.float32)
+    residual = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, STRIDE, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        r = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        r = tl.where(known, r, 0.0)
+        code = _round_e4m3(r / unit).to(codes_ptr.dtype.element_ty)
+        low = code.to(tl.float32) * unit
+        square += tl.maximum(r * r, low * low)
+        residual += (r - low) * (r - low)
+        tl.store(codes_ptr + row * STRIDE + d, code, mask=d < STRIDE)
+    # with what squares lose that underflow
+    size = tl.sqrt(tl.sum(square) + D * 2.0**-125) * (1.0 + _EPS)
+    off = tl.sqrt(tl.sum(residual) + D * 2.0**-125) * (1.0 + _EPS)
+    # nothing is known of a row that is not finite: every pair of it is a candidate
+    tl.store(norms_ptr + row * 2, tl.where(known, size, float("inf")))
+    tl.store(norms_ptr + row * 2 + 1, tl.where(known, off, float("inf")))
+    tl.store(units_ptr + row, unit)
+
+
+@triton.jit
+def _fp8_product_kernel(
+    x,  # [R, D] descriptor of codes
+    W,  # [C, D] descriptor of codes
+    x_units_ptr,  # [R]
+    W_units_ptr,  # [C]
+    scores_ptr,  # [R, C] fp32, row stride `stride`
+    R,
+    C,
+    D,
+    stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first_row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_F
+    acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        acc = tl.dot(
+            x.load([first_row, d]), W.load([first, d]).T, acc, max_num_imprecise_acc=_INEXACT
+        )
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_F)
+    acc *= tl.load(x_units_ptr + row, mask=row < R, other=0.0)[:, None]
+    acc *= tl.load(W_units_ptr + column, mask=column < C, other=0.0)[None, :]
+    at = scores_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(at, acc, mask=(row[:, None] < R) & (column[None, :] < C))
+
+
+class Fp8Rows:
+    """Room for the codes of up to R rows of width D, with their norms and units."""
+
+    def __init__(self, rows: int, d: int, device: torch.device):
+        self.d = d
+        stride = triton.cdiv(d, 16) * 16  # rows of a descriptor begin on 16 bytes
+        self.codes = torch.empty(rows, stride, dtype=torch.float8_e4m3fn, device=device)
+        self.norms = torch.empty(rows, 2, dtype=torch.float32, device=device)
+        self.units = torch.empty(rows, dtype=torch.float32, device=device)
+
+    def round(self, rows: torch.Tensor) -> None:
+        stride = self.codes.shape[1]
+        block = min(1024, max(64, triton.next_power_of_2(stride)))
+        _fp8_rows_kernel[(len(rows),)](
+            rows, self.codes, self.norms, self.units, self.d, stride, BLOCK_D=block
+        )
+
+    def tiles(self, block: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(self.codes, [block, _BLOCK_D])
+
+
+def fp8_product(x: Fp8Rows, W: Fp8Rows, scores: torch.Tensor) -> None:
+    """scores [R, C] of the codes, scaled back."""
+    rows, columns = scores.shape
+    _fp8_product_kernel[(triton.cdiv(rows, _BLOCK_N), triton.cdiv(columns, _BLOCK_F))](
+        x.tiles(_BLOCK_N), W.tiles(_BLOCK_F), x.units, W.units, scores,
+        rows, columns, x.codes.shape[1], scores.stride(0),
+        BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+class LikelyKeys(BoundedKeys):
+    """BoundedKeys of fp8 codes, whose margin is SIGMAS standard deviations."""
+
+    sigmas = SIGMAS
+
+    def _round(self) -> None:
+        self.g = ACCUMULATION
+        self.codes = Fp8Rows(*self.x.shape, self.x.device)
+        self.codes.norms = self.norms
+        self.codes.round(self.x)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why a device cannot run this filter."""
+    if device.type == "cpu":
+        return None  # the interpreter
+    if torch.version.hip is not None:
+        return "AMD GPUs have another fp8 format"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(device)} has no fp8 tensor cores (sm_89 and later have)"
+        )
+    return None
+
+
+def configurations() -> list[Configuration]:
+    """Rows of each dtype; the product."""
+    result = []
+    for pointer in POINTERS.values():
+        signature = dict(
+            rows_ptr=pointer, codes_ptr="*fp8e4nv", norms_ptr="*fp32", units_ptr="*fp32",
+            D="i32:16", STRIDE="i32:16",
+        )  # fmt: skip
+        result.append(
+            Configuration(
+                _fp8_rows_kernel, pointer[1:], signature, dict(BLOCK_D=1024), targets=_TARGETS
+            )
+        )
+    signature = dict(
+        x=f"tensordesc<fp8e4nv[{_BLOCK_N},{_BLOCK_D}]>",
+        W=f"tensordesc<fp8e4nv[{_BLOCK_F},{_BLOCK_D}]>",
+        x_units_ptr="*fp32", W_units_ptr="*fp32", scores_ptr="*fp32",
+        R="i32", C="i32", D="i32:16", stride="i32:16",
+    )  # fmt: skip
+    tile = dict(BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D)
+    result.append(
+        Configuration(
+            _fp8_product_kernel, "e4m3", signature, tile, 8, 3, tensor_cores=True, tma=True,
+            targets=_TARGETS,
+        )
+    )  # fmt: skip
+    return result
