@@ -266,7 +266,7 @@ def quality() -> str:
         "(code) and the docstrings of it, numpy and torch (prose): 400,000 training tokens, 40,000 "
         "of other files held out; K = 32, 1500 steps of 2048 tokens. Figures on other text are not "
         "comparable."
-        + (dense if any(plain for _, _, plain in groups) else "")
+        + (dense if any(r["method"] == "plain" for r in rows) else "")
         + "\n\n"
         + table(
             [
