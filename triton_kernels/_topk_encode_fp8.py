@@ -8,7 +8,7 @@ roundings of the D places are independent, the error of a score has the standard
 A pair is kept while its score + SIGMAS sigma reaches the k-th best score - SIGMAS sigma; what is
 left is scored in fp32 from the rows themselves, so values and order are exact and only a latent can
 be missed, by an error of about twice the margin. Measured (`benchmarks/fp8_recall.py`, emulated):
-none of 1,179,648 at 4 sigma, eight at 2. A bound that is proven would leave 500 to 9000 latents a
+none of 2.88 million at 4 sigma, 17 at 2. A bound that is proven would leave 500 to 9000 latents a
 row to score and could not pay.
 """
 
