@@ -1,6 +1,6 @@
 """How often the fp8 filter of topk_encode misses a latent, on trained weights and real activations.
 
-    python benchmarks/fp8_recall.py --cache DIR [--tokens 4096]
+    python benchmarks/fp8_recall.py --cache DIR [--tokens 40000]
 
 The arithmetic of triton_kernels/_topk_encode_fp8.py in PyTorch: rows scaled by a power of two and
 rounded to e4m3, products summed in fp32, margin of S standard deviations plus the tensor cores'
@@ -98,7 +98,7 @@ def cases(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for the activations")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     print(header())
