@@ -343,6 +343,43 @@ def test_text_is_never_taken_back(service):
     assert "".join(stream.push(t) for t in ids) + stream.end() == text
 
 
+SIGNS = st.sampled_from([*"ab c\n=é漢", "🙂", "👩‍👩‍👧", "🇩🇪", "e\u0301", "\u200d", "    "])
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(SIGNS, min_size=1, max_size=40).map("".join), st.data())
+def test_any_text_and_any_stop_across_tokens(service, text, data):
+    """Characters of several tokens, alone or merged, and stops that begin and end anywhere."""
+    tokenizer = service.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if data.draw(st.booleans()):  # as a model may write them: no token spans two characters
+        ids = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in text]
+        ids = [token for one in ids for token in one]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    start = data.draw(st.integers(0, len(text) - 1))
+    stop = text[start : start + data.draw(st.integers(1, 6))]
+    for stops, whole in (((), text), ((stop,), text[: text.index(stop)]), (("zz",), text)):
+        stream = TextStream(tokenizer, stops)
+        pieces = [*(stream.push(t) for t in ids), stream.end()]
+        assert "".join(pieces) == whole and "\ufffd" not in "".join(pieces)
+        assert stream.stopped == (whole != text or stop in stops)
+
+
+def test_bytes_that_are_no_character_end_as_a_sign(service):
+    """An emoji that the limit cuts off, or whose end never comes: nothing is lost or doubled."""
+    ids = service.tokenizer("🙂", add_special_tokens=False)["input_ids"]
+    after = service.tokenizer("ok", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    stream = TextStream(service.tokenizer)
+    assert [stream.push(t) for t in ids[:-1]] == [""] * (len(ids) - 1)
+    assert set(stream.end()) == {"\ufffd"}
+    stream = TextStream(service.tokenizer)
+    text = "".join(stream.push(t) for t in ids[:-1] + after + ids * 5) + stream.end()
+    assert text.strip("\ufffd") == "ok" + "🙂" * 5
+
+
 # -- the OpenAI API, by its own client ------------------------------------------------------------
 
 
@@ -500,6 +537,8 @@ def test_malformed_bodies(server):
     assert post(b"messages=1", "application/x-www-form-urlencoded").status_code == 415
     assert post(b"{}", "text/plain").status_code == 415
     assert httpx.get(server.url + "/v1/completions").status_code == 405
+    head = httpx.head(server.url + "/")
+    assert head.status_code == 200 and "content-security-policy" in head.headers
     for path in ("/nothing", "/../../etc/passwd", "/assets/serve.html", "/docs"):
         assert httpx.get(server.url + path).status_code == 404
     assert httpx.get(server.url + "/api/features?limit=0").status_code == 400
@@ -534,6 +573,27 @@ def test_too_many_prompts_are_refused_before_they_are_read(server, service, monk
     answer = httpx.post(server.url + "/v1/completions", json={"prompt": ["x"] * 1000})
     assert answer.status_code == 400 and "at most 4" in answer.json()["error"]["message"]
     assert not read
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/completions", "/v1/chat/completions"])
+def test_a_long_prompt_holds_nobody_up(server, service, monkeypatch, path):
+    begun, original = threading.Event(), service._read
+
+    def slowly(text):
+        begun.set()
+        time.sleep(1.5)
+        return original(text)
+
+    monkeypatch.setattr(service, "_read", slowly)
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    body.pop("prompt" if "chat/" in path else "messages")
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx.post, server.url + path, json=body, timeout=20)
+        assert begun.wait(5)
+        start = time.monotonic()
+        assert httpx.get(server.url + "/api/info").status_code == 200
+        assert time.monotonic() - start < 1.0 and not long.done()
+        assert long.result().status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/completions"])
@@ -779,7 +839,10 @@ class Browser:
                 if p["type"] == "page"
             ]
         )  # fmt: skip
-        self.socket = connect(pages[0]["webSocketDebuggerUrl"], max_size=None)
+        self.opened = contextlib.ExitStack()
+        self.socket = self.opened.enter_context(
+            connect(pages[0]["webSocketDebuggerUrl"], max_size=None)
+        )
         self.sent = 0
 
     def _until(self, found, seconds=30.0):
@@ -812,7 +875,7 @@ class Browser:
         return self._until(lambda: self.run(script))
 
     def close(self):
-        self.socket.close()
+        self.opened.close()
         self.process.kill()
         self.process.wait()
 

@@ -60,7 +60,7 @@ def create_app(
 
     # -- the page ---------------------------------------------------------------------------------
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
     async def index() -> Response:
         nonce = secrets.token_urlsafe(16)
         policy = (
@@ -98,7 +98,7 @@ def create_app(
     @app.post("/api/chat")
     async def chat_page(body: PageRequest) -> Response:
         program = service.program(body.steer)
-        ids = service.encode(body.prompt)
+        ids = await asyncio.to_thread(service.encode, body.prompt)
         # one seed for both: without an edit they are the same text
         job = service.start([ids, ids], body, body.max_tokens, [None, program], same_seed=True)
         name = secrets.token_urlsafe(12)
@@ -143,7 +143,8 @@ def create_app(
         prompts = body.prompts()
         if len(prompts) > service.limits.sequences:  # before the work of encoding them
             raise RefusedError(400, f"prompt: at most {service.limits.sequences} sequences")
-        encoded = [service.encode(p) for p in prompts]
+        # a long text takes 0.1 s, which is everybody's in the loop
+        encoded = await asyncio.to_thread(lambda: [service.encode(p) for p in prompts])
         echoes = [""] * len(prompts)
         if body.echo:
             echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in prompts]
@@ -159,7 +160,8 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        ids = service.encode_chat([{"role": m.role, "content": m.text} for m in body.messages])
+        messages = [{"role": m.role, "content": m.text} for m in body.messages]
+        ids = await asyncio.to_thread(service.encode_chat, messages)
 
         def whole(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
             message = {"role": "assistant", "content": text}

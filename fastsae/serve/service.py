@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,17 +112,18 @@ class Service:
         self._readout = readout
         self._labels = labels or {}
         self._token = TokenText(tokenizer)
+        self._encoding = threading.Lock()
 
     # -- requests ---------------------------------------------------------------------------------
 
     def encode(self, prompt: str | list[int]) -> list[int]:
-        """With the model's BOS in front of a text, when it has one."""
+        """With the model's BOS in front of a text, when it has one. From any thread."""
         if isinstance(prompt, list):
             vocabulary = len(self.tokenizer)
             if any(token >= vocabulary for token in prompt):
                 raise RefusedError(400, f"prompt: token ids must be below {vocabulary}")
             return prompt
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self._read(prompt)
         first = self.tokenizer.bos_token_id
         return ids if first is None else [first, *ids]
 
@@ -134,9 +136,13 @@ class Service:
                 )
             except Exception as error:  # templates refuse orders of roles in their own ways
                 raise RefusedError(400, f"messages: the chat template says: {error}") from error
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids
+            return self._read(text)
         return self.encode("\n".join(m["content"] for m in messages))
+
+    def _read(self, text: str) -> list[int]:
+        with self._encoding:  # a call may set the tokenizer's options
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def start(
         self,
@@ -229,7 +235,7 @@ class Service:
         if self.sae is None or self._readout is None:
             return known
         forms = (query, " " + query)
-        encoded = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in forms]
+        encoded = [self._read(t) for t in forms]
         tokens = sorted({ids[0] for ids in encoded if ids})
         if not tokens:
             return known
