@@ -320,7 +320,7 @@ def steer() -> str:
         text += (
             "\n\nGenerating 64 tokens with the embedded model (D = 256, a random SAE of "
             f"{generated[0]['F']} latents), time against the unsteered model's in the same rounds "
-            "(1.03: 3% fewer tokens/s; the machine leaves an uncertainty of about 0.015):\n\n"
+            "(1.03: 3% fewer tokens/s; the machine leaves an uncertainty of about 0.03):\n\n"
         )
         text += table(["batch", "unsteered, tokens/s", *names], lines)
     return text
