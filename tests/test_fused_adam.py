@@ -597,9 +597,9 @@ def test_moments_in_few_bits_train_as_well(fmt):
 @pytest.mark.parametrize("fmt", ["bf16", "8bit"])
 def test_an_ordinary_gradient_takes_the_same_step(fmt, monkeypatch):
     """Factors and the same gradient in p.grad round the same moments by the same random bits."""
-    from fastsae.optim import fused_adam
+    from fastsae.optim import _state
 
-    monkeypatch.setattr(fused_adam, "_WIDE_ELEMENTS", 40 * D)  # parts of 40 rows
+    monkeypatch.setattr(_state, "_WIDE_ELEMENTS", 40 * D)  # parts of 40 rows
     saes = [make(torch.float32) for _ in range(2)]
     opts = [FusedAdam(s.parameters(), lr=1e-2, moments=fmt, weight_decay=0.01) for s in saes]
     for x in batches(5, torch.float32):

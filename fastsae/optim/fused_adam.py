@@ -11,19 +11,25 @@ import torch
 import torch.distributed as dist
 from torch.optim.adam import adam as torch_adam
 
-from .._memory import advise_huge_pages
 from ..ops import _factors
 from ..ops._factors import Factor
 from ..ops.sparse_adam_step import sparse_adam_step
 from ..reference import moments
 from ..reference.moments import Moments
+from ._state import (
+    content,
+    has_master,
+    has_moments,
+    loaded,
+    moments_of,
+    new_master,
+    new_state,
+    parts,
+    stored_as,
+    wide_dtype,
+)
 from ._sums import add_to_grad, exchange, merge
 
-# Names in the state of what `Moments` holds. Codes have names of their own: torch.optim.Adam, which
-# would read them as moments, does not find any.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_CODES = ("exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_scale", "exp_avg_sq_scale")
-_WIDE_ELEMENTS = 1 << 24  # of a weight whose moments are widened at a time
 _OWN_OPTIONS = {"lazy": False, "moments": "fp32", "master_weights": False, "capturable": False}
 _UNIT_NORM = "_fastsae_unit_norm"
 
@@ -77,7 +83,8 @@ class FusedAdam(torch.optim.Optimizer):
             without bias, repeatably: `fastsae.reference.moments`. Others are fp32.
         master_weights: bf16 and fp16 parameters are rounded copies of fp32 masters in the state.
             Without them small updates round away. A parameter that somebody else writes (a loaded
-            checkpoint, a renormalisation) passes its new values on to its master.
+            checkpoint, a renormalisation) passes its new values on to its master; what is written
+            into `p.data` in place is not seen, and a captured graph does not look.
         capturable: step count and a tensor lr stay on the device and `step()` never waits for it,
             so that a CUDA graph can capture it (not with a process_group).
         process_group: exact data parallelism. Ranks exchange factors and average ordinary
@@ -120,7 +127,7 @@ class FusedAdam(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
-        self._written: dict[torch.Tensor, int] = {}  # version of a parameter that has a master
+        self._written: dict[torch.Tensor, tuple[int, int]] = {}  # `content` of masters' parameters
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lazy": lazy,
             "moments": moments, "master_weights": master_weights, "capturable": capturable,
@@ -183,9 +190,11 @@ class FusedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads its own or `torch.optim.Adam`'s state; moments keep the precision they came in.
 
+        With capturable it writes into the tensors that are there, which a captured graph uses.
+
         Raises:
-            ValueError: the state is of a variant that this is not (amsgrad, maximize, AdamW), or as
-                in torch.
+            ValueError: the state is of a variant that this is not (amsgrad, maximize, AdamW), its
+                moments are not of a parameter's shape, or as in torch.
         """
         for group in state_dict["param_groups"]:
             for option in ("amsgrad", "maximize", "decoupled_weight_decay"):
@@ -193,39 +202,23 @@ class FusedAdam(torch.optim.Optimizer):
                     raise ValueError(f"FusedAdam: the saved state has {option}, which it has not")
         own = [{name: g[name] for name in _OWN_OPTIONS} for g in self.param_groups]
         own_lr = [g["lr"] for g in self.param_groups]
-        super().load_state_dict(state_dict)
+        before = dict(self.state)
+        # torch would cast moments and codes to the parameter's dtype, all of them before the first
+        # is ours: bf16 loses digits, codes in fp32 take four times their memory
+        states = {i: {} if has_moments(s) else s for i, s in state_dict["state"].items()}
+        super().load_state_dict(state_dict | {"state": states})
         saved = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         for group, options, lr in zip(self.param_groups, own, own_lr, strict=True):
             group |= options | {"lazy": group.get("lazy", False)}
             if isinstance(lr, torch.Tensor):  # what a captured graph reads
                 group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+            else:
+                group["lr"] = float(group["lr"])
             for param in group["params"]:
-                self._load(param, group, state_dict["state"].get(next(saved)))
+                state = state_dict["state"].get(next(saved), {})
+                if has_moments(state):
+                    self.state[param] = loaded(param, group, state, before.pop(param, {}))
         self._written.clear()
-
-    def _load(
-        self, param: torch.Tensor, group: dict[str, Any], saved: dict[str, Any] | None
-    ) -> None:
-        """torch casts what it loads to the parameter's dtype, which loses moments in bf16."""
-        if not saved or ("exp_avg" not in saved and "exp_avg_8bit" not in saved):
-            return
-        self.state[param] = state = {}
-        step = float(saved["step"])
-        state["step"] = _step_tensor(param, group).fill_(step)
-        tensors = (saved[n] for n in (_MOMENTS if "exp_avg" in saved else _CODES))
-        stored = Moments(*(t.to(device=param.device, copy=True).contiguous() for t in tensors))
-        fmt = _format(param, group)
-        if fmt != "fp32" and fmt == moments.format_of(stored.exp_avg):
-            kept = stored
-        else:
-            wide = [t.to(_wide_dtype(param)) for t in moments.load(stored)]
-            latents = torch.arange(param.shape[0], device=param.device) if fmt != "fp32" else param
-            kept = moments.store(wide[0], wide[1], fmt, max(int(step), 1), latents)
-        state |= zip(_names(fmt), (t for t in kept if t is not None), strict=True)
-        if "master" in saved and _has_master(param, group):
-            state["master"] = (
-                saved["master"].to(param.device, torch.float32, copy=True).contiguous()
-            )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Applies and clears what backward recorded. `closure` as in every torch optimizer."""
@@ -280,27 +273,20 @@ class FusedAdam(torch.optim.Optimizer):
         its master takes the new values over."""
         state: dict[str, Any] = self.state[param]
         if not state:
-            state["step"] = _step_tensor(param, group)
-            fmt = _format(param, group)
-            for name, dtype in zip(_names(fmt), _dtypes(param, fmt), strict=True):
-                shape = list(param.shape)
-                if name.endswith("_scale"):
-                    shape[1] = moments.n_blocks(shape[1])
-                zeros = torch.empty(shape, dtype=dtype, device=param.device)
-                state[name] = advise_huge_pages(zeros).zero_()
-        if _has_master(param, group):
-            master = state.get("master")
-            if master is None:
-                wide = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-                state["master"] = advise_huge_pages(wide).copy_(param)
-            elif self._written.get(param) != param._version:
-                same = master.to(param.dtype) == param
-                master.copy_(torch.where(same, master, param.float()))
+            state |= new_state(param, group)
+        if not has_master(param, group):
+            state.pop("master", None)  # of a parameter that was in 16 bits
+        elif "master" not in state:
+            state["master"] = new_master(param)
+        elif self._written.get(param) != content(param):
+            for at in parts(param):
+                master, now = state["master"][at], param[at]
+                master.copy_(torch.where(master.to(now.dtype) == now, master, now.float()))
         return state
 
     def _fused(self, param: torch.Tensor, group: dict[str, Any], factor: Factor) -> None:
         state = self._state(param, group)
-        stored = _stored(param, group, state)
+        stored = moments_of(param, group, state)
         state["step"] += 1
         before = param._version
         beta1, beta2 = group["betas"]
@@ -328,7 +314,7 @@ class FusedAdam(torch.optim.Optimizer):
         if param._version == before:  # so that a backward through the old weight is refused
             torch.autograd.graph.increment_version(param)
         if "master" in state:
-            self._written[param] = param._version
+            self._written[param] = content(param)
 
     def _ordinary(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         """Adam on `p.grad`, by torch's own implementation, in the precision of wide moments."""
@@ -336,10 +322,10 @@ class FusedAdam(torch.optim.Optimizer):
         for param in params:
             assert param.grad is not None
             state = self._state(param, group)
-            if _format(param, group) != "fp32":
+            if stored_as(param, group) != "fp32":
                 self._ordinary_in_parts(param, group, state)
                 continue
-            acc, unit = _wide_dtype(param), has_unit_norm(param)
+            acc, unit = wide_dtype(param), has_unit_norm(param)
             wide = state.get("master", param).to(acc)
             grad = _projected(wide, param.grad.to(acc)) if unit else param.grad.to(acc)
             dense = _Dense(param, wide, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
@@ -348,20 +334,17 @@ class FusedAdam(torch.optim.Optimizer):
             _dense_adam(dense_list, group, unit)
         for param in params:
             if "master" in self.state[param]:
-                self._written[param] = param._version
+                self._written[param] = content(param)
 
     def _ordinary_in_parts(
         self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
     ) -> None:
         """The same with moments in few bits, which are wide for some rows at a time."""
         assert param.grad is not None
-        stored, fmt = _stored(param, group, state), _format(param, group)
+        stored, fmt = moments_of(param, group, state), stored_as(param, group)
         unit = has_unit_norm(param)
         state["step"] += 1
-        f, d = param.shape
-        size = max(1, _WIDE_ELEMENTS // max(1, d))
-        for begin in range(0, f, size):
-            at = slice(begin, min(begin + size, f))
+        for at in parts(param):
             rows = torch.arange(at.start, at.stop, device=param.device)
             part = Moments(*(None if t is None else t[at] for t in stored))  # type: ignore[arg-type]
             m, v = moments.load(part)
@@ -452,33 +435,3 @@ def _release(sinks: list[tuple[weakref.ref[torch.Tensor], list[Factor]]]) -> Non
         param = ref()
         if param is not None and _factors.factors(param) is sink:
             _factors.disown(param)
-
-
-def _wide_dtype(param: torch.Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
-    return bool(group["master_weights"]) and param.dtype in (torch.bfloat16, torch.float16)
-
-
-def _format(param: torch.Tensor, group: dict[str, Any]) -> str:
-    return str(group["moments"]) if param.dim() == 2 else "fp32"
-
-
-def _names(fmt: str) -> tuple[str, ...]:
-    return _CODES if fmt == "8bit" else _MOMENTS
-
-
-def _dtypes(param: torch.Tensor, fmt: str) -> tuple[torch.dtype, ...]:
-    wide = _wide_dtype(param)
-    codes = moments.dtypes(fmt)
-    return (*codes, wide, wide) if fmt == "8bit" else (wide, wide) if fmt == "fp32" else codes
-
-
-def _stored(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> Moments:
-    return Moments(*(state[name] for name in _names(_format(param, group))))
-
-
-def _step_tensor(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    return torch.zeros((), device=param.device if group["capturable"] else "cpu")
