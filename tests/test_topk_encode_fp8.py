@@ -17,7 +17,8 @@ from fastsae.triton_kernels._topk_encode_fp8 import Fp8Rows, fp8_product, unavai
 
 DEVICE = device_of("triton")
 pytestmark = pytest.mark.skipif(
-    not INTERPRETED and unavailable(torch.device("cuda")) is not None, reason="no fp8 tensor cores"
+    not INTERPRETED and unavailable(torch.device("cuda")) is not None,
+    reason="no GPU of sm_90 or later",
 )
 
 
@@ -85,6 +86,25 @@ def test_rows_of_any_size_and_not_finite(scale):
     assert torch.equal(indices[1], expected[1][1])
 
 
+@pytest.mark.parametrize("in_x,in_W", [(1000, 1), (1000, 30), (1000, 1000)])
+def test_outlier_coordinates(in_x, in_W):
+    """Roundings of three places are most of every error, as with a language model's activations."""
+    x, W = randn(6, 256, seed=9), randn(1500, 256, seed=10)
+    x[:, [3, 77, 200]] *= in_x
+    W[:, [3, 77, 200]] *= in_W
+    W = torch.nn.functional.normalize(W, dim=1)
+    _, indices = fp8(x, W, None, 16)
+    best = (x.double() @ W.double().T).topk(16).indices
+    assert torch.equal(indices.sort(dim=1).values, best.sort(dim=1).values.int())
+
+
+def test_tiny_products():
+    """Scores of 1e-24, where squares of the margin's terms leave fp32's range."""
+    x, W = randn(6, 64, seed=11) * 1e-12, unit_rows(1500, 64) * 1e-12
+    _, indices = fp8(x, W, None, 16)
+    assert torch.equal(indices, reference.topk_encode(x, W, None, 16, True, None)[1])
+
+
 def test_codes_and_product():
     """A power of two scales a row into e4m3's range; norms bound what is there and what is lost."""
     rows = randn(7, 70, seed=7) * torch.logspace(-8, 8, 7)[:, None]
@@ -96,9 +116,12 @@ def test_codes_and_product():
     assert (codes.abs().amax(1) >= 120).all() and (codes.abs().amax(1) <= 256).all()
     low = codes[:, :70] * units[:, None]
     assert torch.equal(codes[:, :70], (rows / units[:, None]).to(torch.float8_e4m3fn).float())
-    size, off = room.norms.cpu().T
-    torch.testing.assert_close(off, (rows - low).norm(dim=1), rtol=1e-5, atol=1e-17)
+    size, off, spread = room.norms.cpu().T
+    fourth = torch.maximum(rows.abs(), low.abs()).double().norm(4, dim=1).float()
+    torch.testing.assert_close(off, (rows - low).double().norm(4, dim=1).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(spread, fourth, rtol=1e-5, atol=0)
     assert (size >= rows.norm(dim=1)).all() and (size >= low.norm(dim=1)).all()
+    assert (spread >= fourth).all()
     scores = torch.empty(7, 7, device=DEVICE)
     fp8_product(room, room, scores)
     torch.testing.assert_close(
@@ -131,6 +154,14 @@ def test_gradients_module_and_refusals():
         assert torch.equal(
             ops.topk_encode(x, W, None, 5)[1], ops.topk_encode(x, W, None, 5, filter="fp8")[1]
         )
+
+
+@pytest.mark.parametrize("capability,runs", [((8, 0), False), ((8, 9), False), ((9, 0), True)])
+def test_older_gpus_are_refused(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    assert unavailable(torch.device("cuda")) == (None if runs else "A GPU is older than sm_90")
 
 
 def test_the_choice_is_by_argument_alone():

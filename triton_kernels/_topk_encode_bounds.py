@@ -143,8 +143,8 @@ def _settle(
 @triton.jit(do_not_specialize=["first", "fresh", "C"])
 def _bounds_kernel(
     scores_ptr,  # [R, C] fp32 sums of bf16 products, row stride `stride`
-    x_norms_ptr,  # [R, 2]
-    W_norms_ptr,  # [C, 2]
+    x_norms_ptr,  # [R, 2], or [R, 3] where LIKELY
+    W_norms_ptr,  # [C, 2], or [C, 3]
     x_ptr,  # [R, D]
     W_ptr,  # [F, D]
     bias_ptr,  # [F] or None
@@ -169,23 +169,27 @@ def _bounds_kernel(
     LAST: tl.constexpr,
     LIKELY: tl.constexpr,  # errors as of independent roundings, sigmas times; else the bound
 ):
+    NORMS: tl.constexpr = 3 if LIKELY else 2
     row = tl.program_id(0).to(tl.int64)
     lower_ptr += row * CAPACITY
     upper_ptr += row * CAPACITY
     held = tl.load(held_ptr + row)
     threshold = tl.load(threshold_ptr + row)
-    x_size = tl.load(x_norms_ptr + row * 2)
-    x_off = tl.load(x_norms_ptr + row * 2 + 1)
+    x_size = tl.load(x_norms_ptr + row * NORMS)
+    x_off = tl.load(x_norms_ptr + row * NORMS + 1)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
         new = (at >= fresh) & (at < C)
         column = first + at
         rank = tl.load(scores_ptr + row * stride + at, mask=new, other=0.0)
-        w_size = tl.load(W_norms_ptr + at * 2, mask=new, other=0.0)
-        w_off = tl.load(W_norms_ptr + at * 2 + 1, mask=new, other=0.0)
+        w_size = tl.load(W_norms_ptr + at * NORMS, mask=new, other=0.0)
+        w_off = tl.load(W_norms_ptr + at * NORMS + 1, mask=new, other=0.0)
         if LIKELY:
-            by_x, by_w = x_off * w_size, x_size * w_off
-            margin = sigmas * tl.sqrt(by_x * by_x + by_w * by_w)
+            by_x = x_off * tl.load(W_norms_ptr + at * NORMS + 2, mask=new, other=0.0)
+            by_w = tl.load(x_norms_ptr + row * NORMS + 2) * w_off
+            most = tl.maximum(by_x, by_w)
+            ratio = tl.minimum(by_x, by_w) / tl.maximum(most, _TINY)  # squares would underflow
+            margin = sigmas * most * tl.sqrt(1.0 + ratio * ratio)
         else:
             margin = x_off * w_size + x_size * w_off
         # the last terms: roundings that follow the sums, here and in the exact rank
@@ -283,7 +287,6 @@ class BoundedKeys:
         assert k <= MAX_SORTED
         self.x, self.W, self.bias, self.scale, self.k = x, W, bias, scale, k
         self.config = filter_config(k)
-        self.norms = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
         self._round()
         size = (rows, self.config.capacity)
         self.keys = torch.empty(size, dtype=torch.int64, device=x.device)
@@ -294,6 +297,7 @@ class BoundedKeys:
     def _round(self) -> None:
         self.g = accumulation(self.x.shape[1])
         self.rounded = torch.empty_like(self.x, dtype=torch.bfloat16)
+        self.norms = torch.empty(len(self.x), 2, dtype=torch.float32, device=self.x.device)
         round_rows(self.x, self.rounded, self.norms)
 
     @staticmethod
@@ -309,7 +313,7 @@ class BoundedKeys:
             scores, self.norms, norms, self.x, self.W, self.bias, self.scale,
             self.keys, self.upper, self.held, self.threshold,
             scores.stride(0), first, fresh, scores.shape[1], self.k, d, self.g,
-            self.sigmas / d**0.5,
+            self.sigmas,
             CAPACITY=self.config.capacity, TOP=top_of(self.k), BLOCK=self.config.block,
             GROUP=GROUP, BLOCK_D=_BLOCK_D, LAST=last, LIKELY=self.sigmas > 0,
             num_warps=self.config.num_warps,

@@ -1,15 +1,17 @@
 """The filter of topk_encode in fp8 (e4m3), opt-in: nearly certain, never a proof.
 
 Rows of x and of W are scaled to the format's range and rounded, x^ = x + dx, w^ = w + dw. If the
-roundings of the D places are independent, the error of a score has the standard deviation
+roundings of the D places are independent, the error of a score has the variance
 
-    sigma^2 = (|dx|^2 |w|^2 + |x^|^2 |dw|^2) / D
+    sum_d dx_d^2 w_d^2 + x^_d^2 dw_d^2  <=  |dx|_4^2 |w|_4^2 + |x^|_4^2 |dw|_4^2 = sigma^2
 
-A pair is kept while its score + SIGMAS sigma reaches the k-th best score - SIGMAS sigma; what is
-left is scored in fp32 from the rows themselves, so values and order are exact and only a latent can
-be missed, by an error of about twice the margin. Measured (`benchmarks/fp8_recall.py`, emulated):
-none of 2.88 million at 4 sigma, 17 at 2. A bound that is proven would leave 500 to 9000 latents a
-row to score and could not pay.
+(Cauchy-Schwarz on the squares; |.|_4 is the norm of fourth powers). Few places that hold most of a
+row, as a language model's outlier coordinates do, are in sigma; on even rows it is twice the
+deviation. A pair is kept while its score + SIGMAS sigma reaches the k-th best score - SIGMAS sigma;
+what is left is scored in fp32 from the rows themselves, so values and order are exact and only a
+latent can be missed, by an error of about twice the margin. Measured in emulation by
+`benchmarks/fp8_recall.py`. A bound that is proven would leave 500 to 9000 latents a row to score
+and could not pay.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from ._blocks import POINTERS
 from ._configuration import Configuration
 from ._topk_encode_bounds import BoundedKeys
 
-SIGMAS = 4.0
-CAPABILITY = (8, 9)  # the first with fp8 tensor cores
+SIGMAS = 2.0
+# The first with TMA. Before it descriptors become loads of single bytes, and the product spills.
+CAPABILITY = (9, 0)
 _EPS = tl.constexpr(2.0**-20)
 # Hopper's tensor cores keep some 13 bits of a sum of fp8 products. Sums are taken over 128 places
 # at a time and added in fp32: four steps each, of at most 2^-13 of |x| |w| over those places.
@@ -48,7 +51,7 @@ def _round_e4m3(v):
 def _fp8_rows_kernel(
     rows_ptr,  # [R, D]
     codes_ptr,  # [R, STRIDE] e4m3
-    norms_ptr,  # [R, 2] fp32: of the row and its code, of what the code left out
+    norms_ptr,  # [R, 3] fp32: of the row and its code, |.|_4 of what the code left out, of both
     units_ptr,  # [R] fp32: a code of 1 stands for this
     D,
     STRIDE,
@@ -68,22 +71,27 @@ def _fp8_rows_kernel(
     bits = tl.maximum(most, 2.0**-60).to(tl.int32, bitcast=True)
     unit = ((bits & 0x7F800000) - (7 << 23)).to(tl.float32, bitcast=True)  # most / unit < 256
     square = tl.zeros((BLOCK_D,), tl.float32)
+    fourth = tl.zeros((BLOCK_D,), tl.float32)
     residual = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, STRIDE, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         r = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        r = tl.where(known, r, 0.0)
-        code = _round_e4m3(r / unit).to(codes_ptr.dtype.element_ty)
-        low = code.to(tl.float32) * unit
-        square += tl.maximum(r * r, low * low)
-        residual += (r - low) * (r - low)
+        r = tl.where(known, r, 0.0) / unit  # in units, where fourth powers fit
+        code = _round_e4m3(r).to(codes_ptr.dtype.element_ty)
+        low = code.to(tl.float32)
+        off = (r - low) * (r - low)
+        largest_square = tl.maximum(r * r, low * low)
+        square += largest_square
+        fourth += largest_square * largest_square
+        residual += off * off
         tl.store(codes_ptr + row * STRIDE + d, code, mask=d < STRIDE)
-    # with what squares lose that underflow
-    size = tl.sqrt(tl.sum(square) + D * 2.0**-125) * (1.0 + _EPS)
-    off = tl.sqrt(tl.sum(residual) + D * 2.0**-125) * (1.0 + _EPS)
+    unit_up = tl.where(known, unit * (1.0 + _EPS), float("inf"))
+    lost = D * 2.0**-125  # at least what powers lose that underflow
+    norms_ptr += row * 3
     # nothing is known of a row that is not finite: every pair of it is a candidate
-    tl.store(norms_ptr + row * 2, tl.where(known, size, float("inf")))
-    tl.store(norms_ptr + row * 2 + 1, tl.where(known, off, float("inf")))
+    tl.store(norms_ptr, tl.sqrt(tl.sum(square) + lost) * unit_up)
+    tl.store(norms_ptr + 1, tl.sqrt(tl.sqrt(tl.sum(residual) + lost)) * unit_up)
+    tl.store(norms_ptr + 2, tl.sqrt(tl.sqrt(tl.sum(fourth) + lost)) * unit_up)
     tl.store(units_ptr + row, unit)
 
 
@@ -122,7 +130,7 @@ class Fp8Rows:
         self.d = d
         stride = triton.cdiv(d, 16) * 16  # rows of a descriptor begin on 16 bytes
         self.codes = torch.empty(rows, stride, dtype=torch.float8_e4m3fn, device=device)
-        self.norms = torch.empty(rows, 2, dtype=torch.float32, device=device)
+        self.norms = torch.empty(rows, 3, dtype=torch.float32, device=device)
         self.units = torch.empty(rows, dtype=torch.float32, device=device)
 
     def round(self, rows: torch.Tensor) -> None:
@@ -154,8 +162,8 @@ class LikelyKeys(BoundedKeys):
     def _round(self) -> None:
         self.g = ACCUMULATION
         self.codes = Fp8Rows(*self.x.shape, self.x.device)
-        self.codes.norms = self.norms
         self.codes.round(self.x)
+        self.norms = self.codes.norms
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -165,9 +173,7 @@ def unavailable(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPUs have another fp8 format"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name(device)} has no fp8 tensor cores (sm_89 and later have)"
-        )
+        return f"{torch.cuda.get_device_name(device)} is older than sm_90"
     return None
 
 

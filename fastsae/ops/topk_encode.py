@@ -44,14 +44,16 @@ def topk_encode(
             norms); the returned values are not scaled. It gets no gradient.
         latents: [M] integer or None. Only these latents compete (k <= M); the indices returned are
             still those of W_enc. Their M rows are gathered.
-        filter: "exact", or "fp8" on a GPU with fp8 tensor cores (sm_89 and later) through Triton,
-            for k up to 1024: products of fp8 copies choose candidates by a margin of 4 standard
-            deviations, which are then scored in fp32. Values and order are exact; a latent can be
-            missed. Emulated (`benchmarks/fp8_recall.py`), 13,192 of 901 million pairs exceeded the
-            margin, and none of 2.88 million latents was missed: a rate below 1.1e-6 at 95%
-            confidence, with weights trained on MiniLM and random ones. Weights whose rounding
-            errors fall on few of the D places (activations with huge outliers) can miss more.
-            Unverified on a GPU.
+        filter: "exact", or "fp8" on a GPU of sm_90 or later through Triton,
+            for k up to 1024: products of fp8 copies choose candidates by a margin of 2 standard
+            deviations of independent roundings, bounded from above, which are then scored in fp32.
+            Values and order are exact; a latent can be missed. Emulated
+            (`benchmarks/fp8_recall.py`), 2,930 of 901 million pairs exceeded the margin, and none
+            of 2.88 million latents was missed: a rate below 1.1e-6 at 95% confidence, with weights
+            trained on MiniLM and random ones; none of 384,000 where three places of x are 100 to
+            1000 times larger, whatever W has there. Where x alone has such places, most rows keep
+            more candidates than they have room for and are scored in fp32 as they go: right and
+            slow. Unverified on a GPU.
 
     Returns:
         values [..., k] in the dtype of x, and indices [..., k] int32.
