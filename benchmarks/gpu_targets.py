@@ -130,7 +130,7 @@ def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[
     if _dispatch._missing("topk_encode", "triton", x.device.type, x.dtype) is not None:
         return []
     kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
-    names = [n for n in (*kernels.DESIGNS, "fp8") if kernels.runs(n, x, size.k)]
+    names = [n for n in (*kernels.DESIGNS, "fp8") if kernels.runs(n, x, w, size.k)]
 
     def contender(name: str) -> Contender:
         def call(i: int) -> Any:

@@ -115,12 +115,28 @@ def test_a_design_can_be_forced(monkeypatch, design):
 
 def test_choice_by_shape():
     def choice(n, d, f, k=64, dtype=torch.bfloat16):
-        return encode_module.design_of(torch.empty(n, d, dtype=dtype, device="meta"), f, k)
+        x, W = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, f))
+        return encode_module.design_of(x, W, k)
 
     assert choice(8192, 768, 131072) == "fused"
     assert choice(8192, 4096, 131072) == choice(16, 768, 131072) == "chunked"
     assert choice(8192, 768, 131072, 1000) == choice(8192, 767, 131072) == "chunked"
     assert choice(8192, 768, 131072, dtype=torch.float32) == "bounded"
+
+
+@pytest.mark.parametrize("shifted", ["x", "W"])
+def test_views_that_begin_between_16_bytes_take_the_chunks(monkeypatch, shifted):
+    """TMA cannot read them: the call must not fail for where its tensors lie."""
+    monkeypatch.setattr(encode_module, "_FUSED", ({"n": 1, "f": 1, "d": 4096},))
+    x, W, *_ = integers(2, 16, 70)
+    assert encode_module.design_of(x, W, 3) == "fused"
+
+    def shift(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    x, W = (shift(x), W) if shifted == "x" else (x, shift(W))
+    indices = encode_module.topk_encode(x, W, None, 3, False, None)[1]
+    assert torch.equal(indices.cpu(), expected(x, W, None, 3))
 
 
 @pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**24, 256)])

@@ -177,8 +177,9 @@ _FUSED = ({"n": 2048, "f": 16384, "d": 2048},)
 DESIGNS = ("chunked", "bounded", "fused")  # exact; "fp8" must be asked for
 
 
-def runs(design: str, x: torch.Tensor, k: int) -> bool:
-    """Whether a design can take a call. The fused product needs TMA and rows of whole 16 bytes."""
+def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
+    """Whether a design can take a call. The fused product needs TMA and rows on 16 bytes, which a
+    view into other memory may not have."""
     if design == "bounded":
         return x.dtype == torch.float32 and k <= MAX_SORTED
     if design == "fp8":
@@ -187,18 +188,20 @@ def runs(design: str, x: torch.Tensor, k: int) -> bool:
         return True
     if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8:
         return False
+    if x.data_ptr() % 16 or W_enc.data_ptr() % 16:
+        return False
     if not x.is_cuda:
         return True  # interpreted
     return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
-def design_of(x: torch.Tensor, f: int, k: int) -> str:
+def design_of(x: torch.Tensor, W_enc: torch.Tensor, k: int) -> str:
     """Which of the designs takes a call."""
-    n, d = x.shape
+    (n, d), f = x.shape, len(W_enc)
     if x.dtype == torch.float32:
         return "bounded" if bounds_pay(n, d, f, k) else "chunked"
     pays = any(n >= row["n"] and f >= row["f"] and d <= row["d"] for row in _FUSED)
-    return "fused" if pays and runs("fused", x, k) else "chunked"
+    return "fused" if pays and runs("fused", x, W_enc, k) else "chunked"
 
 
 def _rows_at_once(n: int, k: int, chunks: Chunks, bounded_d: int = 0) -> int:
@@ -272,7 +275,7 @@ def topk_encode(
     n = x.shape[0]
     values = x.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    design = design or design_of(x, len(W_enc), k)
+    design = design or design_of(x, W_enc, k)
     chunks = _FUSED_CHUNKS if design == "fused" else Chunks()
     select = dict(
         chunked=select_chunked, bounded=select_bounded, fused=select_fused, fp8=select_likely
