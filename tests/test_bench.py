@@ -60,6 +60,19 @@ def test_json_holds_every_op_on_every_usable_backend(tmp_path):
         assert row["of_product"] > 0 and row["peak_mb"] >= 0 and row["note"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_eager_low_precision_is_verified_too(dtype, monkeypatch):
+    """Its own rounding is allowed, a wrong selection is not."""
+    options = [*SMALL, "--ops", "topk_encode", "--backends", "cpu", "--dtype", dtype]
+    right = bench(*options)
+    assert right.exit_code == 0 and "not compared" not in right.stdout
+    monkeypatch.setattr(
+        run, "eager", lambda op, size, given: lambda i: torch.topk(given.scores[0], size.k)
+    )
+    wrong = bench(*options)
+    assert wrong.exit_code == 1 and "wrong, not timed" in wrong.stdout
+
+
 def test_output_is_one_header_one_table_and_the_ceilings():
     result = bench(*SMALL, "--ops", "sparse_decode,topk", "--backends", "reference")
     lines = result.stdout.splitlines()

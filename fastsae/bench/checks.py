@@ -14,7 +14,7 @@ import torch
 from ..reference import moments
 from .timing import WrongError
 
-Check = Callable[[Any], str]
+Check = Callable[..., str]
 SLAB = 1 << 27  # elements of an fp64 copy made at a time
 
 
@@ -66,13 +66,14 @@ def selection(
     """A check of topk_encode's (values, indices); the fp64 truth is computed once.
 
     A row is wrong when a selected pre-activation falls short of the fp64 k-th best by more than
-    rounding. The note counts the rows with exactly the fp64 set.
+    rounding, `roundings` times over where scores are kept in x's dtype. The note counts the rows
+    with exactly the fp64 set.
     """
     n, f = len(x), len(w)
     picked = sample(n, most or n).to(x.device)
     truth: list[torch.Tensor] = []
 
-    def check(result: Any) -> str:
+    def check(result: Any, roundings: int = 1) -> str:
         rows = x[picked]
         if not truth:
             truth.extend(fp64_top(rows, w, b, k))
@@ -90,7 +91,7 @@ def selection(
                 pre += b[indices[i]].double()
             # rounding of a fp32 dot product of D terms, relative to the terms' own size
             slack = 8 * torch.finfo(torch.float32).eps * float((chosen.abs() @ row.abs()).max()) + (
-                eps * float(kth[i].abs()) if x.dtype != torch.float32 else 0.0
+                roundings * eps * float(kth[i].abs()) if x.dtype != torch.float32 else 0.0
             )
             if len(set(indices[i].tolist())) < k or not pre.min() >= kth[i] - slack:
                 raise WrongError(
