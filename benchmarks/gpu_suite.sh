@@ -22,7 +22,8 @@ state=${STATE:-build/gpu_suite}/$commit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # name, limit in seconds; 595 in all
-stages="build:120 tests:100 sanitizer:45 bench:70 encode:60 grid:60 gather:30 step:60 largest:40 report:10"
+stages="build:120 tests:95 sanitizer:45 bench:50 plots:50 encode:60 grid:60 gather:30 step:50
+  largest:25 report:10"
 
 case ${1:-} in
   "" ) ;;
@@ -39,7 +40,7 @@ esac
 
 ask='import sys, torch; sys.exit(not torch.cuda.is_available())'
 if ! ${DEVICE_CHECK:-"$python" -c "$ask"} >/dev/null 2>&1; then
-  echo "gpu_suite.sh: no GPU that $python's torch can use: nothing was run" >&2
+  echo "gpu_suite.sh: no GPU that $python's torch can use (PYTHON names another): nothing was run" >&2
   exit 3
 fi
 mkdir -p "$state"
@@ -53,17 +54,26 @@ stage_build() {
   case $arch in 90|100) arch+=a ;; esac
   FASTSAE_BUILD=1 FASTSAE_CUDA=1 FASTSAE_CUDA_ARCHS=$arch "$python" setup.py build_ext --inplace
 }
-stage_tests() { "$python" -m pytest -q -p no:cacheprovider tests/test_sparse_*.py \
-  tests/test_topk.py tests/test_topk_encode*.py tests/test_bench.py tests/test_training_graph.py \
-  -k "cuda or triton or gpu or fused"; }
+stage_tests() {
+  local workers=
+  "$python" -c 'import xdist' 2>/dev/null && workers="-n 8"  # they mostly wait for Triton to compile
+  "$python" -m pytest -q -p no:cacheprovider $workers tests/test_cuda_kernels.py \
+    tests/test_sparse_*.py tests/test_topk.py tests/test_topk_encode*.py tests/test_topk_member.py \
+    tests/test_steer.py tests/test_bench.py tests/test_training_graph.py \
+    -k "cuda or triton or gpu or fused or fp8"
+}
 stage_sanitizer() {
   if ! command -v compute-sanitizer >/dev/null; then echo "no compute-sanitizer here: skipped"; return; fi
   compute-sanitizer --error-exitcode 1 "$python" -m fastsae bench --device cuda --quick \
     --shapes 33x72x1025 --k 7
 }
 stage_bench() {
-  "$python" -m fastsae bench --device cuda --json "$state/bench.json" --plot "$state/plots" \
+  "$python" -m fastsae bench --device cuda --json "$state/bench.json" --backends cuda,triton \
     --shapes 8192x768x131072
+}
+stage_plots() {
+  "$python" -m fastsae bench --device cuda --quick --plot "$state/plots" --backends cuda,triton \
+    --shapes 8192x768x131072 --k 64 --ops topk_encode,sparse_decode,sparse_adam_step
 }
 stage_encode() { targets encode; }
 stage_grid() { targets grid; }

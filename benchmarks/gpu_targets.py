@@ -7,8 +7,8 @@
     python benchmarks/gpu_targets.py largest --out FILE     a step with 1,048,576 latents
     python benchmarks/gpu_targets.py report --state DIR     all of it, beside the targets
 
-A piece writes its rows as they come and leaves out what its file already has. With --device cpu
---quick every piece runs at toy sizes without a GPU.
+A piece writes its rows as they come and leaves out what its file already has; what failed is tried
+again. With --device cpu --quick every piece runs at toy sizes without a GPU.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ TARGETS = (
     ("encode, bf16 exact, 8192 4096 131072 64", "≤ 1.10"),
     ("encode, bf16 exact, 8192 768 131072 64", "≤ 1.05"),
     ("encode, fp8 filter, 8192 4096 131072 64", "≤ 0.80"),
+    ("encode, fp8 filter, recall", "≥ 0.99999"),
     ("encode against product + torch.topk, least", "> 1"),
     ("encode against product + torch.topk, median", "≥ 1.5"),
     ("extra memory of encode, MB", "≤ 256"),
@@ -78,6 +79,8 @@ class Piece:
         self.found: dict[str, Any] = {"rows": []}
         if self.path.exists():
             self.found = json.loads(self.path.read_text())
+            failed = [_place(r) for r in run.bad(own(self.found["rows"]))]
+            self.found["rows"] = [r for r in self.found["rows"] if _place(r) not in failed]
 
     @property
     def cuda(self) -> bool:
@@ -88,10 +91,11 @@ class Piece:
             n, d, f, k = max(16, n >> 7), max(8, d >> 7), max(128, f >> 8), max(2, k >> 4)
         return Size(n, d, f, k, self.dtype, self.device)
 
-    def has(self, size: Size) -> bool:
-        keys = ("N", "D", "F", "K")
-        mine = (size.n, size.d, size.f, size.k)
-        return any(tuple(r[key] for key in keys) == mine for r in self.found["rows"])
+    def has(self, size: Size, op: str = "", backend: str = "") -> bool:
+        wanted = run._row(op, backend, size)
+        return any(
+            all(value in ("", r[key]) for key, value in wanted.items()) for r in self.found["rows"]
+        )
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         self.found["rows"] += rows
@@ -101,6 +105,12 @@ class Piece:
         temporary.write_text(json.dumps(self.found, indent=1) + "\n")
         os.replace(temporary, self.path)
         print(run.table(rows), flush=True)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows that are measured together; each of a training step's is measured by itself."""
+    step = row["op"] == "training_step"
+    return (row["N"], row["D"], row["F"], row["K"], row["backend"] if step else "")
 
 
 def ceilings(piece: Piece) -> None:
@@ -144,7 +154,18 @@ def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[
     for name, m in zip(names, measured):
         rows.append(run._row("topk_encode", f"triton {name}", size))
         run._fill(rows[-1], m, case, base)
+        if name == "fp8" and not m.failed:
+            rows[-1]["recall"] = recall(*(contender(of).run(0)[1] for of in ("chunked", name)))
     return rows
+
+
+def recall(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Share of the exact latents [N, K] that are among those found."""
+    hits = sum(
+        int((a[:, :, None] == b[:, None, :]).any(2).sum())
+        for a, b in zip(exact.split(1024), found.split(1024))
+    )
+    return hits / exact.numel()
 
 
 def grid(piece: Piece) -> None:
@@ -173,18 +194,17 @@ def gather(piece: Piece) -> None:
     """The ops that read K rows a token, and torch's gather of the same rows in the same run."""
     ceilings(piece)
     size = piece.size(*BIG)
-    if piece.has(size):
+    left = [op for op in GATHERING if not piece.has(size, op=op)]
+    if not left:
         return
     given, clock = Inputs(size), piece.plan.clock()
-    gbps = plain_gather(given, clock)
-    rows = []
-    for op in GATHERING:
-        rows += run.one(op, size, given, piece.plan, clock)
-    for row in rows:
-        if "gbps" in row:
-            row["of_gather"] = row["gbps"] / gbps
-    piece.found["plain_gather_gbps"] = gbps
-    piece.add([r for r in rows if r["op"] != "product"])
+    gbps = piece.found["plain_gather_gbps"] = plain_gather(given, clock)
+    for op in left:
+        rows = run.one(op, size, given, piece.plan, clock)
+        for row in rows:
+            if "gbps" in row:
+                row["of_gather"] = row["gbps"] / gbps
+        piece.add([r for r in rows if r["op"] != "product"])
 
 
 def _tokens(size: Size) -> list[torch.Tensor]:
@@ -220,8 +240,6 @@ def _verified(device: str) -> str:
 
 def step(piece: Piece) -> None:
     size = piece.size(*BIG)
-    if piece.has(size):
-        return
     xs, w = _tokens(size), Inputs(size).w[:1]
     d, f, k = size.d, size.f, size.k
 
@@ -235,8 +253,9 @@ def step(piece: Piece) -> None:
         "dense compiled": dense(compiled=True),
         "sparsify": lambda: peers.sparsify_step(d, f, k, optimizer="adam", device=size.device),
     }
-    rows = []
     for name in makers:  # one at a time: two of them may not fit
+        if piece.has(size, backend=name):
+            continue
         built: list[Any] = []
 
         def call(i: int, name: str = name, built: list[Any] = built) -> Any:
@@ -250,18 +269,17 @@ def step(piece: Piece) -> None:
                     torch.set_default_dtype(before)
             return built[0](xs[0])
 
-        own = name.startswith("fastsae")
-        check = (lambda _: _verified(size.device)) if own else peer_check(size.n, k)
+        mine = name.startswith("fastsae")
+        check = (lambda _: _verified(size.device)) if mine else peer_check(size.n, k)
         contenders = [
             Contender("product", lambda i: xs[0] @ w[0].T),
             Contender(name, call, check),
         ]
         measured = measure(contenders, rounds=5, seconds=6.0, clock=piece.plan.clock())
-        rows.append(_step_row(name, size, *measured))
+        piece.add([_step_row(name, size, *measured)])
         built.clear()
         if piece.cuda:
             torch.cuda.empty_cache()
-    piece.add(rows)
 
 
 def _step_row(name: str, size: Size, unit: Measurement, m: Measurement) -> dict[str, Any]:
@@ -308,6 +326,11 @@ def _best(rows: Sequence[dict[str, Any]], op: str) -> dict[str, Any] | None:
 OWN = ("cuda", "triton", "cpu", "reference", "fastsae", run.AUTO)
 
 
+def own(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The project's rows, "triton fused" and "fastsae, 8-bit ..." too: none may be wrong."""
+    return [r for r in rows if re.split("[ ,]", r["backend"])[0] in OWN]
+
+
 def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
     """The cells beside TARGETS; "–" where nothing was measured."""
     rows = {name: found.get("rows", []) for name, found in pieces.items()}
@@ -323,6 +346,7 @@ def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
         cell(best and best.get("of_product"))
     likely = [r for r in encoded if r["D"] == max(widths) and r["backend"] == "triton fp8"]
     cell(likely[0].get("of_product") if likely else None)
+    cell(likely[0].get("recall") if likely else None, "{:.7f}")
     speedups = []
     shapes: dict[tuple[int, ...], dict[str, float]] = {}
     for r in rows.get("grid", []):
@@ -333,8 +357,8 @@ def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
             speedups.append(times["eager"] / times[run.AUTO])
     cell(min(speedups, default=None), f"{{:.2f}} of {len(speedups)} shapes")
     cell(statistics.median(speedups) if speedups else None, "{:.2f}")
-    own = [r for r in encoded if r["op"] == "topk_encode"] + rows.get("grid", [])
-    peaks = [r["peak_mb"] for r in own if r["backend"] in OWN[:2] + OWN[-1:] and "peak_mb" in r]
+    exact = [r for r in encoded if r["op"] == "topk_encode"] + rows.get("grid", [])
+    peaks = [r["peak_mb"] for r in exact if r["backend"] in OWN[:2] + OWN[-1:] and "peak_mb" in r]
     cell(max(peaks, default=None), "{:.0f}")
     for op in GATHERING[:3]:
         best = _best(rows.get("gather", []), op)
@@ -406,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(h.header(args.device), flush=True)
     piece = Piece(args)
     PIECES[args.piece](piece)
-    if run.bad([r for r in piece.found["rows"] if r["backend"] in OWN]):
+    if run.bad(own(piece.found["rows"])):
         raise SystemExit(1)
 
 

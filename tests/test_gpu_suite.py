@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def test_the_script_parses_and_fits_ten_minutes(suite):
     done, _, calls = suite("--dry-run")
     assert done.returncode == 0 and not calls
     limits = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(limits) == 10 and sum(limits) <= 600
+    assert len(limits) == 11 and sum(limits) <= 600
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -97,7 +98,8 @@ def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_pat
     eager = {**row, "backend": "eager", "ms": 3.0}
     machine = {"date": "2026-01-02", "commit": "abc+", "gpu": "NVIDIA H200"}
     limits = {"tflops": 2.0, "copy_gbps": 2.0, "gather_gbps": 2.0}
-    encode = {"rows": [own, slow], "machine": machine, "ceilings": limits}
+    likely = {**own, "backend": "triton fp8", "of_product": 0.75, "recall": 1.0}
+    encode = {"rows": [own, slow, likely], "machine": machine, "ceilings": limits}
     grid = {"rows": [{**row, "backend": "auto", "ms": 1.5, "peak_mb": 40.0}, eager]}
     (tmp_path / "encode.json").write_text(json.dumps(encode))
     (tmp_path / "grid.json").write_text(json.dumps({**grid, "machine": machine}))
@@ -107,6 +109,42 @@ def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_pat
     assert done.returncode == 0, done.stderr
     whole = json.loads((tmp_path / "results/h200/2026-01-02-abc.json").read_text())
     cells = [t["reached"] for t in whole["targets"]]
-    assert cells[:6] == ["1.250", "–", "–", "2.00 of 1 shapes", "2.00", "40"]
-    assert set(cells[6:]) == {"–"} and len(cells) == 14
+    assert cells[:7] == ["1.250", "–", "0.750", "1.0000000", "2.00 of 1 shapes", "2.00", "40"]
+    assert set(cells[7:]) == {"–"} and len(cells) == 15
     assert "0.50 of the product's TFLOP/s" in done.stdout
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_targets")
+
+
+def step_row(backend, **more):
+    row = {"op": "training_step", "backend": backend, "N": 64, "D": 32, "F": 512, "K": 4}
+    return {**row, "dtype": "float32", "verified": True, "note": "", **more}
+
+
+def test_a_piece_keeps_its_rows_as_they_come_and_tries_again_what_failed(targets, tmp_path):
+    out = tmp_path / "step.json"
+    names = ["fastsae", "fastsae, 8-bit moments and masters", "dense compiled", "sparsify"]
+    before = [step_row(n) for n in names]
+    before[1] = step_row(names[1], error="out of memory", verified=False)
+    out.write_text(json.dumps({"rows": before}))
+    targets.main(["step", "--device", "cpu", "--quick", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[:3] == [before[0], *before[2:]]  # as they were
+    assert [r["backend"] for r in rows[3:]] == [names[1], "dense eager"]
+    assert all(r["verified"] and r["ms"] > 0 for r in rows[3:])
+
+
+@pytest.mark.parametrize("backend", ["triton fused", "cuda", "fastsae, 8-bit moments and masters"])
+def test_a_wrong_row_of_ours_fails_the_piece(targets, backend):
+    wrong = step_row(backend, wrong="wrong, not timed")
+    peers = [step_row(n, error="ImportError") for n in ("eager", "sparsify", "dense eager")]
+    assert targets.run.bad(targets.own([wrong, *peers, step_row("cuda")])) == [wrong]
+
+
+def test_recall_counts_what_was_found_in_any_order(targets):
+    exact, found = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 2, 1], [4, 5, 7]])
+    assert targets.recall(exact, exact) == 1.0 and targets.recall(exact, found) == 5 / 6
