@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def cuda_archs(compiler: str) -> list[str]:
 def cpu_commands(torch: Path, temp: Path) -> tuple[list[str], list[str]]:
     """How a source is compiled, and the objects linked, to the CPU library."""
     flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}"]
+    flags.append(f"-isystem{sysconfig.get_paths()['include']}")  # Python.h, where there is one
     cxx = compiler()
     # torch is imported first, so its libraries are found by name: no rpath.
     link = [*cxx, *shlex.split(os.environ.get("LDFLAGS", "")), "-shared"]

@@ -7,7 +7,9 @@ about 3 us a call where `torch.library.custom_op` costs about 12.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,3 +119,14 @@ CPU_MISSING = _load(
     f"this is a pure-Python install. Install a C++ compiler and torch, then {_REINSTALL}",
 )
 CUDA_MISSING = _load_cuda()
+
+
+def _functions() -> Any:
+    """The C++ library as a Python module; None where it was built without Python.h."""
+    try:
+        return None if CPU_MISSING else importlib.import_module("fastsae._cpu")
+    except ImportError:
+        return None
+
+
+CPU_FUNCTIONS = _functions()

@@ -4,21 +4,25 @@
 //   |step <codes, x> - <w, x>| <= margin |x|
 // from a quarter of the bytes, and only those too close to call are scored from W_enc itself.
 //
-// The weights are gone through in stretches, each twice as long as all before it, by the tokens
-// that still have an undecided latent: a latent of rank r is settled by the first k F / r, so most
-// tokens leave early. Where many stay, the k best of those are selected instead.
+// A latent of rank r is settled by the first k F / r, so most tokens leave early: a thread takes some
+// tokens through the first weights. By those that still have an undecided latent the rest is gone
+// through in stretches, each twice as long as all before it. Where many stay, the k best of those are
+// selected instead.
+#include "cpu/topk_member.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/select.h"
 
 namespace fastsae {
 namespace topk_member {
 constexpr int64_t kLatents = 64;     // scored at a time
+constexpr int64_t kFirst = 512;      // at most so many are scored before tokens are gathered
 constexpr int64_t kTokens = 4;       // scored together
 constexpr int64_t kAlone = 1 << 19;  // multiply-adds that no other thread is woken for
 constexpr int64_t kFew = 32;         // tokens to the end of whose weights counting is cheaper
@@ -36,9 +40,21 @@ using namespace ::fastsae::topk_member;
 
 constexpr const char* kOp = "topk_member";
 
-// Shapes as in the schema; bias, scale, codes and bounds may be null.
+// MemberWeights in the dtype of x.
 template <class In>
 struct Problem {
+  Problem(const MemberWeights& m)
+      : level(cpu_level()),
+        w(static_cast<const In*>(m.w)),
+        bias(static_cast<const In*>(m.bias)),
+        scale(static_cast<const In*>(m.scale)),
+        codes(m.codes),
+        bounds(m.bounds),
+        D(m.D),
+        F(m.F),
+        k(m.k),
+        positive(m.positive) {}
+
   CpuLevel level;
   const In *w, *bias, *scale;
   const int8_t* codes;
@@ -56,23 +72,30 @@ class Counter {
   // x [N, D], latents [P, J], member [N, J]
   Counter(const Problem<In>& p, const In* x, int64_t N, const int32_t* latents, int64_t P,
           int64_t J, bool* member)
-      : p_(p), x_(x), member_(member), wide_(std::is_same<In, A>::value ? 0 : N * p.D) {
-    find_pairs(N, latents, N / P, J);
+      : p_(p),
+        x_(x),
+        member_(member),
+        wide_(std::is_same<In, A>::value ? 0 : N * p.D),
+        pairs_(N * J),
+        counts_(new std::atomic<int32_t>[N * J]) {
+    std::fill(member, member + N * J, false);
+    few_ = p.codes ? kFew : kFewUnscreened;
+    start(N, latents, N / P, J);
   }
 
   // Counts until all is decided, or until selecting is cheaper. Returns the tokens left for that.
   int64_t run() {
-    int64_t before = left();
-    for (int64_t done = 0; done < p_.F && left();) {
-      const int64_t end = std::min(p_.F, done + std::max(done, kLatents));
-      stretch(done, end);
-      done = end;
-      settle(done == p_.F);
+    while (left() && done_ < p_.F) {
       // a latent of rank F / 16 is settled by 16 k others: where none is, they are members
-      const bool fruitless = done >= 16 * p_.k && 4 * left() > 3 * before;
-      const int64_t few = p_.codes ? kFew : kFewUnscreened;
-      if (left() > few && (done >= p_.F / 8 || fruitless)) break;
-      before = left();
+      const bool fruitless = done_ >= 16 * p_.k && 4 * left() > 3 * before_;
+      if (left() > few_ && (done_ >= p_.F / 8 || fruitless)) break;
+      before_ = left();
+      const int64_t end = std::min(p_.F, 2 * done_);
+      stretch(done_, end);
+      done_ = end;
+      open_.erase(std::remove_if(open_.begin(), open_.end(),
+                                 [&](const Token& token) { return settled(token); }),
+                  open_.end());
     }
     return left();
   }
@@ -89,7 +112,8 @@ class Counter {
     for (size_t t = 0; t < open_.size(); ++t) {
       const int32_t* best = indices + t * p_.k;
       for (int64_t i = open_[t].begin; i < open_[t].end; ++i) {
-        member_[pairs_[i].place] = std::find(best, best + p_.k, pairs_[i].latent) != best + p_.k;
+        const Pair& pair = pairs_.get()[i];
+        member_[pair.place] = std::find(best, best + p_.k, pair.latent) != best + p_.k;
       }
     }
   }
@@ -104,6 +128,7 @@ class Counter {
     int64_t row, begin, end;  // its pairs
     const A* x;
     float norm;  // at least |x|
+    bool open;   // is an answer missing after the first latents?
   };
 
   int64_t left() const { return static_cast<int64_t>(open_.size()); }
@@ -123,39 +148,51 @@ class Counter {
     FASTSAE_AT_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, out);
   }
 
-  // Scores the latents that are asked for: those that their own sign does not settle.
-  void find_pairs(int64_t N, const int32_t* latents, int64_t run, int64_t J) {
+  // Takes every group of tokens through the first latents. A pair's place is free for it alone.
+  void start(int64_t N, const int32_t* latents, int64_t run, int64_t J) {
+    int64_t used = 0;  // of the lists' J places
+    for (int64_t i = 0; i < N / run * J; ++i) {
+      if (latents[i] >= 0) used = std::max(used, i % J + 1);
+    }
+    if (!used) return;
+    const int64_t fit = kAlone / (kTokens * std::max<int64_t>(p_.D, 1)) / kLatents * kLatents;
+    done_ = std::min(p_.F, std::max(kLatents, std::min(kFirst, fit)));
+    const int64_t groups = (N + kTokens - 1) / kTokens, work = N * (used + 2 * kLatents) * p_.D;
     std::vector<Token> tokens(N);
-    std::vector<Pair> pairs;
-    Scratch<A> ranks(N * J);
-    parallel_ranges(N, J * p_.D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int32_t* wanted = latents + n / run * J;
-        tokens[n] = {n, 0, 0, nullptr, 0.0f};
-        for (int64_t j = 0; j < J; ++j) {
-          member_[n * J + j] = false;
-          if (wanted[j] < 0) continue;
-          if (!tokens[n].x) tokens[n].x = widened(n);
-          const A score = exact(tokens[n].x, wanted[j]);
-          if (p_.positive && score + bias(wanted[j]) <= A(0)) continue;  // NaN stays
-          member_[n * J + j] = true;
-          ranks.get()[n * J + j] = rank(score, wanted[j]);
-          tokens[n].end = 1;  // not settled
-        }
-        if (p_.codes && tokens[n].end) tokens[n].norm = norm_of(tokens[n].x);
+    parallel_each(groups, work < kAlone ? 1 : threads_for(groups, work), [&](int64_t g) {
+      const int64_t begin = g * kTokens, size = std::min(kTokens, N - begin);
+      Token* group = tokens.data() + begin;
+      bool open = false;
+      for (int64_t t = 0; t < size; ++t) {
+        group[t] = find_pairs(begin + t, latents + (begin + t) / run * J, used, J);
+        open |= group[t].begin < group[t].end;
+      }
+      for (int64_t first = 0; open && first < done_; first += kLatents) {
+        open = count(group, size, first, std::min(kLatents, done_ - first));
+      }
+      for (int64_t t = 0; t < size; ++t) {
+        if (!settled(group[t])) group[t].open = true;
       }
     });
-    for (Token& token : tokens) {
-      if (!token.end) continue;
-      token.begin = static_cast<int64_t>(pairs_.size());
-      for (int64_t i = token.row * J; i < (token.row + 1) * J; ++i) {
-        if (member_[i]) pairs_.push_back({i, latents[token.row / run * J + i % J], ranks.get()[i]});
-      }
-      token.end = static_cast<int64_t>(pairs_.size());
-      open_.push_back(token);
+    for (const Token& token : tokens) {
+      before_ += token.begin < token.end;
+      if (token.open) open_.push_back(token);
     }
-    counts_ = std::vector<std::atomic<int64_t>>(pairs_.size());
-    for (auto& c : counts_) c = 0;
+  }
+
+  // Scores the latents that are asked for: those that their own sign does not settle.
+  Token find_pairs(int64_t n, const int32_t* wanted, int64_t used, int64_t J) {
+    Token token{n, n * J, n * J, nullptr, 0.0f, false};
+    for (int64_t j = 0; j < used; ++j) {
+      if (wanted[j] < 0) continue;
+      if (!token.x) token.x = widened(n);
+      const A score = exact(token.x, wanted[j]);
+      if (p_.positive && score + bias(wanted[j]) <= A(0)) continue;  // NaN stays
+      pairs_.get()[token.end] = {n * J + j, wanted[j], rank(score, wanted[j])};
+      counts_[token.end++].store(0, std::memory_order_relaxed);
+    }
+    if (p_.codes && token.begin < token.end) token.norm = norm_of(token.x);
+    return token;
   }
 
   const A* widened(int64_t n) const {
@@ -183,16 +220,13 @@ class Counter {
     return false;
   }
 
-  // Takes out the tokens whose latents are all known; after all of W_enc every one is.
-  void settle(bool all) {
-    const auto known = [&](const Token& token) {
-      if (!all && undecided(token)) return false;
-      for (int64_t i = token.begin; i < token.end; ++i) {
-        member_[pairs_[i].place] = counts_[i] < p_.k;
-      }
-      return true;
-    };
-    open_.erase(std::remove_if(open_.begin(), open_.end(), known), open_.end());
+  // Answers a token whose latents are all known; after all of W_enc every one is.
+  bool settled(const Token& token) {
+    if (done_ < p_.F && undecided(token)) return false;
+    for (int64_t i = token.begin; i < token.end; ++i) {
+      member_[pairs_.get()[i].place] = counts_[i].load(std::memory_order_relaxed) < p_.k;
+    }
+    return true;
   }
 
   // Counts the latents [begin, end) for every open token. A block of weights serves all of them
@@ -208,15 +242,16 @@ class Counter {
     });
   }
 
-  // Adds those of the n latents from `first` that beat a pair to its count.
-  void count(const Token* group, int64_t size, int64_t first, int64_t n) {
+  // Adds those of the n latents from `first` that beat a pair to its count. False when there was
+  // no undecided token.
+  bool count(const Token* group, int64_t size, int64_t first, int64_t n) {
     const Token* token[kTokens];
     const A* x[kTokens];
     int64_t tokens = 0;
     for (int64_t t = 0; t < size; ++t) {
       if (undecided(group[t])) token[tokens] = group + t, x[tokens++] = group[t].x;
     }
-    if (!tokens) return;
+    if (!tokens) return false;
     std::array<A, kTokens * kLatents> low, high;  // bounds of the ranks; equal where known
     if (p_.codes) {
       if constexpr (std::is_same<A, float>::value) {
@@ -241,14 +276,15 @@ class Counter {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t i = token[t]->begin; i < token[t]->end; ++i) {
         if (counts_[i].load(std::memory_order_relaxed) >= p_.k) continue;
-        const int64_t better = beaten_by(pairs_[i], x[t], low.data() + t * kLatents,
+        const int32_t better = beaten_by(pairs_.get()[i], x[t], low.data() + t * kLatents,
                                          high.data() + t * kLatents, first, n);
         counts_[i].fetch_add(better, std::memory_order_relaxed);
       }
     }
+    return true;
   }
 
-  int64_t beaten_by(const Pair& pair, const A* x, A* lower, A* upper, int64_t first,
+  int32_t beaten_by(const Pair& pair, const A* x, A* lower, A* upper, int64_t first,
                     int64_t n) const {
     int32_t better, near;
     FASTSAE_AT_LEVEL(p_.level, topk_member::compare, lower, upper, n, pair.rank, &better, &near);
@@ -266,16 +302,25 @@ class Counter {
   const In* x_;
   bool* member_;
   Scratch<A> wide_;  // [N, D] where x is narrower
+  Scratch<Pair> pairs_;  // J places a token, filled from the first
+  std::unique_ptr<std::atomic<int32_t>[]> counts_;
   std::vector<Token> open_;
-  std::vector<Pair> pairs_;  // by token
-  std::vector<std::atomic<int64_t>> counts_;
+  int64_t done_ = 0;    // latents that all open tokens were compared with
+  int64_t before_ = 0;  // open tokens before the last of them
+  int64_t few_;
 };
+
+void check_latents(const int32_t* latents, int64_t n, int64_t F) {
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(latents[i] >= -1 && latents[i] < F, kOp, ": latents must lie in [-1, ", F,
+                    "), got ", latents[i]);
+  }
+}
 
 Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional<Tensor>& b_enc,
                        const Tensor& latents, int64_t k, const std::optional<Tensor>& rank_scale,
                        bool positive, const std::optional<Tensor>& codes,
                        const std::optional<Tensor>& bounds) {
-  const CpuLevel level = cpu_level();
   const int64_t D = x.size(-1), F = W_enc.size(0), P = latents.size(0), J = latents.size(1);
   const int64_t N = D ? x.numel() / D : P;
   const ScalarType dtype = x.scalar_type();
@@ -294,24 +339,24 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
     STD_TORCH_CHECK(dtype != ScalarType::Double, kOp, ": a screen bounds fp32 scores");
   }
   const int32_t* wanted = data<int32_t>(latents);
-  for (int64_t i = 0; i < P * J; ++i) {
-    STD_TORCH_CHECK(wanted[i] >= -1 && wanted[i] < F, kOp, ": latents must lie in [-1, ", F,
-                    "), got ", wanted[i]);
-  }
+  check_latents(wanted, P * J, F);
   Tensor member = torch::stable::new_empty(x, {N, J}, ScalarType::Bool);
   if (N * J == 0) return member;
-  with_float_type(dtype, kOp, [&](auto zero) {
-    using In = decltype(zero);
-    const Problem<In> problem{level,
-                              data<In>(W_enc),
-                              b_enc ? data<In>(*b_enc) : nullptr,
-                              rank_scale ? data<In>(*rank_scale) : nullptr,
-                              codes ? data<int8_t>(*codes) : nullptr,
-                              bounds ? data<float>(*bounds) : nullptr,
+  const auto pointer = [](const std::optional<Tensor>& t) {
+    return t ? t->const_data_ptr() : nullptr;
+  };
+  const MemberWeights weights{W_enc.const_data_ptr(),
+                              pointer(b_enc),
+                              pointer(rank_scale),
+                              static_cast<const int8_t*>(pointer(codes)),
+                              static_cast<const float*>(pointer(bounds)),
                               D,
                               F,
                               k,
                               positive};
+  with_float_type(dtype, kOp, [&](auto zero) {
+    using In = decltype(zero);
+    const Problem<In> problem(weights);
     Counter<In> counter(problem, data<In>(x), N, wanted, P, J, mutable_data<bool>(member));
     const int64_t left = counter.run();
     if (!left) return;
@@ -324,6 +369,19 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
 }
 
 }  // namespace
+
+bool topk_member_few(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
+                     const int32_t* latents, int64_t P, int64_t J, bool* member) {
+  check_latents(latents, P * J, weights.F);
+  bool all = true;
+  with_float_type(dtype, kOp, [&](auto zero) {
+    using In = decltype(zero);
+    const Problem<In> problem(weights);
+    all = !Counter<In>(problem, static_cast<const In*>(x), N, latents, P, J, member).run();
+  });
+  return all;
+}
+
 }  // namespace fastsae
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from .._library import lib
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -110,7 +110,7 @@ def unobserved(*tensors: torch.Tensor) -> bool:
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
+        if type(tensor) not in PLAIN or (recording and tensor.requires_grad):
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -6,13 +6,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from .. import _dispatch
+from .. import _dispatch, _library
 from .._steer_codes import NORMS
 from ..reference.steer import edited
 from . import _common
+from .topk_member import Prepared as PreparedMember
 
 _OP = "steer"
 _PARAMS, _CODES = 6, 3
+# torch's numbers of the dtypes
+_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
 def steer(
@@ -109,7 +112,15 @@ class Prepared:
     """`steer` with tables that are checked once, for a hook that runs at every token of a model.
 
     Between two tokens the model's weights go through the caches, so what a call touches is cold: a
-    check of 2 us in a loop is one of 20 us there. The tables may be rewritten in place.
+    check of 2 us in a loop is one of 20 us there, and passing nine tensors to an operator takes 40.
+    The tables may be rewritten in place.
+
+    Args:
+        enc, dec, param, code, slots, norm, eps: as in `steer`.
+        selection: the weights whose k best decide about MEMBER entries.
+        wanted: [B, O] int32: the latents of each sequence's entries, -1 where membership does not
+            matter. Read at every call.
+        centre: [D] or None: what the SAE subtracts from x before W_enc.
     """
 
     def __init__(
@@ -121,6 +132,9 @@ class Prepared:
         slots: torch.Tensor,
         norm: str = "none",
         eps: float = 1e-5,
+        selection: PreparedMember | None = None,
+        wanted: torch.Tensor | None = None,
+        centre: torch.Tensor | None = None,
     ) -> None:
         tables = (enc, dec, param, code, slots)
         _check(enc.new_empty(len(slots), 0, enc.shape[-1]), *tables, None, None, norm)
@@ -131,6 +145,79 @@ class Prepared:
         self._dtype, self._device = enc.dtype, enc.get_device()
         self._backend = _dispatch.forced()
         self._kernel = _dispatch.select(_OP, enc)
+        self._sequences, self._width = len(slots), enc.shape[2]
+        self.selection, self._wanted, self._centre = selection, wanted, centre
+        self._site = self._made_site()
+
+    def _made_site(self) -> Any:
+        """What the C++ library keeps of all this; None where it cannot serve."""
+        functions, selection = _library.CPU_FUNCTIONS, self.selection
+        enc, *_, slots = self._tables
+        ops = (_OP,) if selection is None else (_OP, "topk_member")
+        if functions is None or not len(slots) or any(
+            _dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops
+        ):
+            return None
+        tables = (t.data_ptr() for t in self._tables)
+        sizes = (*enc.shape, len(slots), self._code, self._eps)
+        if selection is None:
+            return functions.make_site(_SCALAR_TYPES[enc.dtype], *tables, *sizes, *[0] * 10)
+        W_enc, b_enc, rank_scale = selection.weights
+        wanted, centre = self._wanted, self._centre
+        fits = (
+            self._norm == "none"
+            and W_enc is not None
+            and W_enc.dtype == enc.dtype
+            and W_enc.shape[1] == enc.shape[2]
+            and wanted is not None
+            and wanted.shape == (len(slots), enc.shape[1])
+            and wanted.dtype == torch.int32
+            and wanted.is_contiguous()
+        )
+        if centre is not None:
+            fits &= centre.dtype == enc.dtype and centre.shape == enc.shape[2:]
+            self._centre = centre = centre.detach().contiguous()
+        if not fits:
+            return None
+        weights = (wanted, centre, W_enc, b_enc, rank_scale, *(selection.screen or (None, None)))
+        pointers = (0 if t is None else t.data_ptr() for t in weights)
+        size, k, positive = len(W_enc), selection.k, selection.positive
+        return functions.make_site(
+            _SCALAR_TYPES[enc.dtype], *tables, *sizes, *pointers, size, k, positive
+        )
+
+    def at_once(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x steered, membership included, in one C++ call; None where that cannot serve the call.
+
+        For plain eager CPU tensors of the tables' dtype; not for more tokens than membership is
+        best counted for.
+        """
+        if (
+            self._site is None
+            or type(x) not in _common.PLAIN
+            or x.dtype is not self._dtype
+            or not x.is_contiguous()
+            or (x.requires_grad and torch.is_grad_enabled())
+            or x.shape[0] != self._sequences
+            or x.shape[-1] != self._width
+            or x.get_device() != self._device
+            or x.is_neg()
+            or torch._C._len_torch_dispatch_stack()
+            or _dispatch.forced() is not self._backend
+            or not (mask is None or self._flags(mask, x.shape[:-1]))
+        ):
+            return None
+        try:
+            data = x.data_ptr()
+        except RuntimeError:  # wrapped by a transform
+            return None
+        if not data:  # no tokens
+            return None
+        out = torch.empty_like(x)
+        flags = 0 if mask is None else mask.data_ptr()
+        tokens = x.numel() // self._width
+        functions = _library.CPU_FUNCTIONS
+        return out if functions.steer(self._site, data, flags, tokens, out.data_ptr()) else None
 
     def __call__(
         self,

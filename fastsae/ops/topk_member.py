@@ -73,7 +73,8 @@ def topk_member(
 class Prepared:
     """`topk_member` with weights that are checked once, for a hook that runs at every token.
 
-    See `fastsae.ops.steer.Prepared`. W_enc must not be written to: that needs another one.
+    See `fastsae.ops.steer.Prepared`. W_enc must not be written to (`version` is that of the weights
+    that the screen is of): that needs another one.
     """
 
     def __init__(
@@ -89,15 +90,16 @@ class Prepared:
         none = W_enc.new_empty(0, W_enc.shape[1])
         no_latents = none.new_empty(0, 1, dtype=torch.int32)
         _check(none, W_enc, b_enc, no_latents, k, rank_scale, positive, *(self.screen or ()))
+        self.W_enc, self.version = W_enc, version_of(W_enc)
         weights = (W_enc, b_enc, rank_scale)
-        self._weights = [None if t is None else t.detach().contiguous() for t in weights]
-        self._k, self._positive = k, positive
+        self.weights = [None if t is None else t.detach().contiguous() for t in weights]
+        self.k, self.positive = k, positive
         self._backend = _dispatch.forced()
         self._kernel, self._few = _counting(W_enc)
 
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""
-        W_enc, b_enc, rank_scale = self._weights
+        W_enc, b_enc, rank_scale = self.weights
         assert W_enc is not None
         shape = x.shape
         if not (
@@ -112,13 +114,18 @@ class Prepared:
             and x.get_device() == latents.get_device() == W_enc.get_device()
             and _dispatch.forced() is self._backend
         ):
-            lists, k = spread(latents, x), self._k
-            return topk_member(x, W_enc, b_enc, lists, k, rank_scale, self._positive, self.screen)
+            lists, k = spread(latents, x), self.k
+            return topk_member(x, W_enc, b_enc, lists, k, rank_scale, self.positive, self.screen)
         codes, bounds = (None, None) if self.screen is None else self.screen
         out: torch.Tensor = self._kernel(
-            x, W_enc, b_enc, latents, self._k, rank_scale, self._positive, codes, bounds
+            x, W_enc, b_enc, latents, self.k, rank_scale, self.positive, codes, bounds
         )
         return out.view(*shape[:-1], -1) if len(shape) > 2 else out
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Changes when the tensor is written to (inference tensors do not count that)."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from .. import _steer_codes as codes
 from ..ops.steer import Prepared
 from ..ops.topk_member import Prepared as PreparedMember
-from ..ops.topk_member import spread, topk_member
+from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
 from ..train.activations import find_site, output_of
 from .describe import SAEDescription, describe
@@ -102,11 +102,11 @@ class Steerer:
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
         self._current, self._asked = self._slots[:0], self._wanted[:0]
-        self._run = self._prepared()
         # may an entry ask for membership among the k, and does one now?
         self._exact = sae is not None and sae.exact_membership
         self._selects = False
-        self._member: tuple[int, PreparedMember] | None = None
+        self._member: PreparedMember | None = None
+        self._run = self._prepared()
         self._positions = prompt_and_generated()
         self._only: torch.Tensor | None = None
         self._prompt_length: int | None = None
@@ -183,8 +183,13 @@ class Steerer:
 
     def _prepared(self) -> Prepared:
         # whole tables, whatever is in force: a captured graph sees one address
-        norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
-        return Prepared(self._enc, self._dec, self._param, self._code, self._current, norm, eps)
+        sae, tables = self.sae, (self._enc, self._dec, self._param, self._code, self._current)
+        if sae is None:
+            return Prepared(*tables)
+        if not self._selects or sae.input_scale != 1.0:
+            return Prepared(*tables, sae.norm, sae.eps)
+        centre = sae.b_dec if sae.subtract_b_dec else None
+        return Prepared(*tables, sae.norm, sae.eps, self._selection(), self._asked, centre)
 
     def check(self, program: Program) -> None:
         """Raises ValueError when the program does not fit the site, its SAE or max_ops."""
@@ -376,8 +381,21 @@ class Steerer:
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""
-        selects = self._exact if torch.compiler.is_compiling() else self._selects
+        selects = self._selects
+        if torch.compiler.is_compiling():
+            selects = self._exact
+        elif not selects or self._counts():
+            out = self._run.at_once(x, mask)
+            if out is not None:
+                return out
         return self._run(x, mask, self._members(x) if selects else None)
+
+    def _counts(self) -> bool:
+        """Does `_run` know the selection? Of W_enc as it is now: it may have been written to."""
+        known = self._run.selection
+        if known is not None and known.version != version_of(known.W_enc):
+            self._run = self._prepared()
+        return known is not None
 
     def _members(self, x: torch.Tensor) -> torch.Tensor:
         """[P, ..., O] bool: is the entry's latent among the token's k selected?"""
@@ -400,12 +418,11 @@ class Steerer:
         """Membership among the k, made again when W_enc was written to."""
         sae = self.sae
         assert sae is not None and sae.k is not None
-        if self._member is None or self._member[0] != sae.W_enc._version:
-            made = PreparedMember(
+        if self._member is None or self._member.version != version_of(sae.W_enc):
+            self._member = PreparedMember(
                 sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
             )
-            self._member = sae.W_enc._version, made
-        return self._member[1]
+        return self._member
 
 
 class _Entry:

@@ -1,0 +1,23 @@
+// What topk_member counts against, for operators that need a membership (steer.cpp).
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace fastsae {
+
+// Shapes as in the schema; bias, scale, codes and bounds may be null. All but codes and bounds have
+// the dtype of x.
+struct MemberWeights {
+  const void *w, *bias, *scale;
+  const int8_t* codes;
+  const float* bounds;
+  int64_t D, F, k;
+  bool positive;
+};
+
+// member [N, J] of x [N, D] and latents [P, J], a list for every N / P tokens. False, with member
+// undefined, when so many tokens are left that their k best are better selected.
+bool topk_member_few(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
+                     const int32_t* latents, int64_t P, int64_t J, bool* member);
+
+}  // namespace fastsae
