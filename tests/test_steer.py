@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close, generator, randn
+from torch._subclasses import FakeTensorMode
 
 import fastsae
+from fastsae import _library, ops
 from fastsae import _steer_codes as rules
-from fastsae import ops
+from fastsae.ops._common import FLOATS
 from fastsae.ops.steer import Prepared
+from fastsae.ops.topk_member import Prepared as PreparedMember
 from fastsae.reference.steer import edited, normalised
 
 CODES = [
@@ -232,6 +235,105 @@ def test_prepared_equals_steer(backend):
     assert not called
     with pytest.raises(ValueError, match="contiguous and need no gradient"):
         Prepared(table[0].requires_grad_(), *table[1:], slots)
+
+
+@pytest.mark.skipif(_library.CPU_FUNCTIONS is None, reason="needs the C++ kernels and Python.h")
+class TestAtOnce:
+    """`Prepared.at_once`: the bits of the operators, or None."""
+
+    B, OPS, D, F, K = 3, 4, 24, 300, 100
+
+    def site(self, dtype=torch.float32, b_dec=True, members=True, scale=None):
+        table = tables(3, self.OPS, self.D, dtype)
+        slots = torch.tensor([2, 0, -1]).int()
+        if not members:
+            return Prepared(*table, slots), table, slots, None, None, None
+        w, b = randn(self.F, self.D, seed=5).to(dtype), randn(self.F, seed=6).to(dtype)
+        centre = randn(self.D, seed=7).to(dtype) if b_dec else None
+        wanted = torch.randint(-1, self.F, (self.B, self.OPS), generator=generator(8)).int()
+        selection = PreparedMember(w, b, self.K, scale, positive=True)
+        made = Prepared(*table, slots, "none", 1e-5, selection, wanted, centre)
+        return made, table, slots, selection, wanted, centre
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("b_dec", [False, True])
+    def test_equals_the_operators(self, dtype, b_dec):
+        scale = (randn(self.F, seed=9).abs() + 0.5).to(dtype)
+        made, table, slots, selection, wanted, centre = self.site(dtype, b_dec, scale=scale)
+        for run in (1, 10):
+            x = randn(self.B, run, self.D, seed=1).to(dtype)
+            member = selection(x if centre is None else x - centre, wanted)
+            assert member.any()
+            for mask in (None, torch.rand(self.B, run, generator=generator(2)) < 0.6):
+                got = made.at_once(x, mask)
+                assert torch.equal(got, call(x, table, slots, mask, member))
+                assert not torch.equal(got, x)
+
+    def test_tables_and_lists_are_read_at_every_call(self):
+        made, table, slots, selection, wanted, centre = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        before = made.at_once(x)
+        table[2].mul_(2)
+        wanted.copy_(wanted.roll(1, 0))
+        want = call(x, table, slots, None, selection(x - centre, wanted))
+        assert torch.equal(made.at_once(x), want) and not torch.equal(want, before)
+
+    @pytest.mark.parametrize("norm", rules.NORMS)
+    def test_without_membership_any_number_of_tokens(self, norm):
+        made, table, slots, *_ = self.site(members=False)
+        made = Prepared(*table, slots, norm, 1e-4)
+        x = randn(self.B, 500, self.D, seed=1)
+        assert torch.equal(made.at_once(x), call(x, table, slots, norm=norm, eps=1e-4))
+
+    def test_declines(self):
+        made, table, slots, selection, wanted, _ = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        assert made.at_once(x) is not None
+        for other in (
+            x[:, :0],
+            x[:2],
+            x[..., :8].contiguous(),
+            x.double(),
+            x.mT.contiguous().mT,
+            x.clone().requires_grad_(),
+            torch._neg_view(x),
+            x.to_sparse(),
+        ):
+            assert made.at_once(other) is None
+        assert made.at_once(x, torch.ones(self.B, 3, dtype=torch.bool)) is None
+        assert made.at_once(x, torch.ones(self.B, 2)) is None
+        with fastsae.use_backend("reference"):
+            assert made.at_once(x) is None
+        with FakeTensorMode():
+            assert made.at_once(x) is None
+        with torch.no_grad():
+            assert made.at_once(x.clone().requires_grad_()) is not None
+        wrapped = []
+        torch.vmap(lambda t: wrapped.append(made.at_once(t)) or t)(torch.stack([x, x]))
+        torch.func.grad(lambda t: wrapped.append(made.at_once(t)) or t.sum())(x)
+        torch.func.functionalize(lambda t: wrapped.append(made.at_once(t)) or t.clone())(x)
+        assert wrapped == [None] * 3
+        assert Prepared(*table, slots, "layer_norm", 1e-5, selection, wanted).at_once(x) is None
+
+    def test_declines_what_is_better_selected(self):
+        table, slots = tables(3, self.OPS, self.D, torch.float32), torch.tensor([2, 0, -1]).int()
+        w, wanted = randn(3000, self.D, seed=5), torch.zeros(self.B, self.OPS).int()
+        selection = PreparedMember(w, 10 * w[:, 0].argsort().float(), 1500)
+        made = Prepared(*table, slots, "none", 1e-5, selection, wanted)
+        x = randn(self.B, 400, self.D, seed=1)
+        assert made.at_once(x[:, :5].contiguous()) is not None
+        assert made.at_once(x) is None
+
+    def test_bad_tables_are_refused(self):
+        made, _, slots, _, wanted, _ = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        wanted[0, 0] = self.F
+        with pytest.raises(RuntimeError, match="latents must lie in"):
+            made.at_once(x)
+        wanted[0, 0] = -1
+        slots[0] = 3
+        with pytest.raises(RuntimeError, match="slots must lie in"):
+            made.at_once(x)
 
 
 def test_empty_and_bad_input(backend):

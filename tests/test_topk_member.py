@@ -167,16 +167,47 @@ def test_the_screen_bounds_every_score(d, size, seed):
     w = randn(50, d, seed=seed) * randn(50, 1, seed=seed + 1).exp().pow(4) * size
     x = randn(20, d, seed=seed + 2) * randn(1, d, seed=seed + 3).exp()
     codes, bounds = ops.topk_screen(w)
-    off = x.double() @ (codes.double() * bounds[:, :1].double() - w.double()).T
-    assert (off.abs() <= bounds[:, 1].double() * x.double().norm(dim=1, keepdim=True)).all()
+    step, margin, fine, largest = bounds.double()
+    coarse = codes[:, 0].double() * step[:, None]
+    closer = coarse + codes[:, 1].double() * step[:, None] / 254
+    for approximation, limit in ((coarse, margin), (closer, fine)):
+        off = x.double() @ (approximation - w.double()).T
+        assert (off.abs() <= limit * x.double().norm(dim=1, keepdim=True)).all()
+        assert (approximation.norm(dim=1) <= largest).all()
 
 
 def test_the_screen_is_tight():
     """A margin that settles nothing would still be right, and slow."""
     w = randn(400, 512)
     codes, bounds = ops.topk_screen(w)
-    assert (bounds[:, 1] < 0.02 * w.norm(dim=1)).all() and codes.dtype == torch.int8
-    assert torch.equal(codes.abs().amax(1), torch.full((400,), 127, dtype=torch.int8))
+    norm = w.norm(dim=1)
+    assert (bounds[1] < 0.02 * norm).all() and (bounds[2] < 2e-4 * norm).all()
+    assert (bounds[3] < 1.1 * norm).all() and codes.dtype == torch.int8
+    assert torch.equal(codes[:, 0].abs().amax(1), torch.full((400,), 127, dtype=torch.int8))
+    assert codes[:, 1].abs().amax() > 120
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+@pytest.mark.parametrize("d", [31, 256, 1000, 20000])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_closer_than_the_codes_tell(level, d, kind):
+    """Rows that differ by less than either code resolves, x with coordinates 1000 times larger,
+    signs that let no product cancel: the largest sums that int32 lanes see."""
+    base = randn(1, d).sign()
+    w = base * (1 + torch.logspace(-8, -1, 300)[:, None] * (0.5 + randn(300, d, seed=1).abs()))
+    w, b = w.to(kind), torch.zeros(300, dtype=kind)
+    x = torch.cat([base, base * randn(1, d, seed=2).abs(), base.clone(), randn(1, d, seed=3)])
+    x[2, :: max(1, d // 8)] *= 1000
+    x = x.to(kind)
+    torch.ops.fastsae._set_cpu_level(level)
+    try:
+        with fastsae.use_backend("cpu"):
+            latents = every_latent(len(x), 300)
+            plain = ops.topk_member(x, w, b, latents, 40)
+            screened = ops.topk_member(x, w, b, latents, 40, screen=ops.topk_screen(w))
+    finally:
+        torch.ops.fastsae._set_cpu_level("auto")
+    assert torch.equal(screened, plain) and (plain.sum(1) == 40).all()
 
 
 def test_leading_dimensions_strides_and_empty(backend):
@@ -206,7 +237,7 @@ def test_bad_input_is_refused(backend):
         (ValueError, "with D = 8", (x[:, :7], w, b, ok, 3), {}),
         (TypeError, "one dtype", (x, w.half(), b, ok, 3), {}),
         (ValueError, "screen's codes", (x, w, b, ok, 3), {"screen": (codes[1:], bounds)}),
-        (ValueError, "screen's bounds", (x, w, b, ok, 3), {"screen": (codes, bounds[:, :1])}),
+        (ValueError, "screen's bounds", (x, w, b, ok, 3), {"screen": (codes, bounds[:1])}),
     ):
         with pytest.raises(error, match=match):
             ops.topk_member(*args, **options)

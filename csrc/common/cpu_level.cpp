@@ -36,10 +36,11 @@ CpuLevel detect() {
   if ((states & 0x6) != 0x6) return CpuLevel::kPortable;  // xmm, ymm
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return CpuLevel::kPortable;
   const uint32_t max_subleaf = a;
+  const bool vnni = c & (1u << 11);
   if (!(b & (1u << 5))) return CpuLevel::kPortable;                           // AVX2
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   if ((b & avx512) != avx512 || (states & 0xe6) != 0xe6) return CpuLevel::kAvx2;
-  if (!FASTSAE_X86_BF16 || max_subleaf < 1) return CpuLevel::kAvx512;
+  if (!FASTSAE_X86_BF16 || !vnni || max_subleaf < 1) return CpuLevel::kAvx512;
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
   return (a & (1u << 5)) ? CpuLevel::kAvx512Bf16 : CpuLevel::kAvx512;
 }

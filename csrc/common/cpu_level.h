@@ -8,7 +8,7 @@ enum class CpuLevel : int {
   kPortable = 0,    // what the compiler's baseline has
   kAvx2 = 1,        // AVX2, FMA, F16C
   kAvx512 = 2,      // AVX-512 F, BW, DQ, VL
-  kAvx512Bf16 = 3,  // and bf16 dot products
+  kAvx512Bf16 = 3,  // and dot products of bf16 and of integers (VNNI)
 };
 
 // The level in force: the highest that the CPU and the compiler have, lowered by FASTSAE_CPU_LEVEL

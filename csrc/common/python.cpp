@@ -1,7 +1,7 @@
 // The library as a Python module of the stable ABI, for a call that must not cost 50 us.
 //
-// An operator that runs once a token is cold each time: its arguments go through code and tables that
-// the model has pushed out of the caches. A steered site passes numbers to a function instead.
+// An operator that runs once a token is cold each time: its arguments go through code and tables
+// that the model has pushed out of the caches. A steered site passes numbers to a function instead.
 #if __has_include(<Python.h>)
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
@@ -34,23 +34,23 @@ PyObject* make_site(PyObject*, PyObject* args) {
                         &bounds, &F, &k, &positive)) {
     return nullptr;
   }
-  auto* site = new SteerSite{static_cast<ScalarType>(dtype),
-                             pointer<void>(enc),
-                             pointer<void>(dec),
-                             pointer<void>(param),
-                             pointer<int32_t>(code),
-                             pointer<int32_t>(slots),
-                             S,
-                             O,
-                             D,
-                             B,
-                             norm,
-                             eps,
-                             pointer<int32_t>(wanted),
-                             pointer<void>(centre),
-                             {pointer<void>(w), pointer<void>(bias), pointer<void>(scale),
-                              pointer<int8_t>(codes), pointer<float>(bounds), D, F, k,
-                              positive != 0}};
+  auto* site =
+      new SteerSite{static_cast<ScalarType>(dtype),
+                    pointer<void>(enc),
+                    pointer<void>(dec),
+                    pointer<void>(param),
+                    pointer<int32_t>(code),
+                    pointer<int32_t>(slots),
+                    S,
+                    O,
+                    D,
+                    B,
+                    norm,
+                    eps,
+                    pointer<int32_t>(wanted),
+                    pointer<void>(centre),
+                    {pointer<void>(w), pointer<void>(bias), pointer<void>(scale),
+                     pointer<int8_t>(codes), pointer<float>(bounds), D, F, k, positive != 0}};
   return PyCapsule_New(site, kSite, drop_site);
 }
 
@@ -90,8 +90,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods,
-                      nullptr,               nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace fastsae

@@ -55,7 +55,7 @@ FASTSAE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 FASTSAE_TARGET_END
 
 #if FASTSAE_X86_BF16 && defined(FASTSAE_KERNEL_BF16)
-FASTSAE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+FASTSAE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define FASTSAE_LEVEL 3
 #define FASTSAE_NS avx512_bf16
 #include "cpu/simd.h"
@@ -77,6 +77,16 @@ FASTSAE_TARGET_END
 #else
 #define FASTSAE_AT_LEVEL(level, function, ...) \
   ((void)(level), ::fastsae::portable::function(__VA_ARGS__))
+#endif
+
+// The same for kernels with one.
+#undef FASTSAE_AT_BF16_LEVEL
+#if FASTSAE_X86_BF16
+#define FASTSAE_AT_BF16_LEVEL(level, function, ...)                                            \
+  ((level) == ::fastsae::CpuLevel::kAvx512Bf16 ? ::fastsae::avx512_bf16::function(__VA_ARGS__) \
+                                               : FASTSAE_AT_LEVEL(level, function, __VA_ARGS__))
+#else
+#define FASTSAE_AT_BF16_LEVEL FASTSAE_AT_LEVEL
 #endif
 
 #undef FASTSAE_KERNEL

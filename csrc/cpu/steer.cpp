@@ -19,8 +19,8 @@ void steer_tokens(const SteerSite& site, const void* x, const bool* mask, const 
   const CpuLevel level = cpu_level();
   const int64_t O = site.O, D = site.D, B = site.B;
   for (int64_t b = 0; b < B; ++b) {
-    STD_TORCH_CHECK(site.slots[b] >= -1 && site.slots[b] < site.S, kOp,
-                    ": slots must lie in [-1, ", site.S, "), got ", site.slots[b]);
+    STD_TORCH_CHECK(site.slots[b] >= -1 && site.slots[b] < site.S, kOp, ": slots must lie in [-1, ",
+                    site.S, "), got ", site.slots[b]);
   }
   if (M * D == 0) return;
   with_float_type(site.dtype, kOp, [&](auto zero) {
@@ -59,9 +59,21 @@ void steer_cpu(const Tensor& x, const Tensor& enc, const Tensor& dec, const Tens
   STD_TORCH_CHECK(!mask || fits(*mask, M), kOp, ": mask must be contiguous bool, one per token");
   STD_TORCH_CHECK(!member || fits(*member, M * O), kOp, ": member must be contiguous bool [M, O]");
   STD_TORCH_CHECK(M == 0 || (B > 0 && M % B == 0), kOp, ": ", M, " tokens for ", B, " sequences");
-  const SteerSite site{dtype, enc.const_data_ptr(), dec.const_data_ptr(), param.const_data_ptr(),
-                       data<int32_t>(code), data<int32_t>(slots), S, O, D, B, norm, eps,
-                       nullptr, nullptr, {}};
+  const SteerSite site{dtype,
+                       enc.const_data_ptr(),
+                       dec.const_data_ptr(),
+                       param.const_data_ptr(),
+                       data<int32_t>(code),
+                       data<int32_t>(slots),
+                       S,
+                       O,
+                       D,
+                       B,
+                       norm,
+                       eps,
+                       nullptr,
+                       nullptr,
+                       {}};
   steer_tokens(site, x.const_data_ptr(), mask ? data<bool>(*mask) : nullptr,
                member ? data<bool>(*member) : nullptr, M, out.mutable_data_ptr());
 }

@@ -1,5 +1,6 @@
-// A place in a model that is steered: the tables of `steer`, and the SAE whose k best decide where an
-// entry needs that. Checked once, by Python; pointers stay valid as long as Python keeps the tensors.
+// A place in a model that is steered: the tables of `steer`, and the SAE whose k best decide where
+// an entry needs that. Checked once, by Python; pointers stay valid as long as Python keeps the
+// tensors.
 #pragma once
 
 #include "cpu/topk_member.h"
@@ -19,8 +20,8 @@ struct SteerSite {
   MemberWeights member;
 };
 
-// out [tokens, D] = x steered. False, with out undefined, when membership of so many tokens is better
-// found by selecting, which is left to the caller.
+// out [tokens, D] = x steered. False, with out undefined, when membership of so many tokens is
+// better found by selecting, which is left to the caller.
 bool steer_site(const SteerSite& site, const void* x, const bool* mask, int64_t tokens, void* out);
 
 }  // namespace fastsae

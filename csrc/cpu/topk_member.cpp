@@ -1,13 +1,15 @@
 // topk_member: is a latent among the k best of x W_enc^T + b_enc? By counting who beats it.
 //
-// With a screen (codes int8 [F, D], bounds [F, 2]) a latent's score is known to
-//   |step <codes, x> - <w, x>| <= margin |x|
-// from a quarter of the bytes, and only those too close to call are scored from W_enc itself.
+// With a screen (codes int8 [F, 2, D], bounds [4, F]) and x in integers q of its own step a
+// latent's score is known from a quarter of the bytes:
+//   |step x_step <codes_0, q> - <w, x>| <= margin |x| + size |x - x_step q|
+// Those too close to call are taken with codes_1 / 254 added, whose margin is that much smaller,
+// and what is left is scored from W_enc itself.
 //
-// A latent of rank r is settled by the first k F / r, so most tokens leave early: a thread takes some
-// tokens through the first weights. By those that still have an undecided latent the rest is gone
-// through in stretches, each twice as long as all before it. Where many stay, the k best of those are
-// selected instead.
+// A latent of rank r is settled by the first k F / r, so most tokens leave early: a thread takes
+// some tokens through the first weights. By those that still have an undecided latent the rest is
+// gone through in stretches, each twice as long as all before it. Where many stay, the k best of
+// those are selected instead.
 #include "cpu/topk_member.h"
 
 #include <algorithm>
@@ -27,9 +29,16 @@ constexpr int64_t kTokens = 4;       // scored together
 constexpr int64_t kAlone = 1 << 19;  // multiply-adds that no other thread is woken for
 constexpr int64_t kFew = 32;         // tokens to the end of whose weights counting is cheaper
 constexpr int64_t kFewUnscreened = 8;
+
+// x in integers: |x| <= norm, |x - step codes| <= off.
+struct Quantised {
+  const int16_t* codes;
+  float step, norm, off;
+};
 }  // namespace topk_member
 }  // namespace fastsae
 
+#define FASTSAE_KERNEL_BF16
 #define FASTSAE_KERNEL "cpu/topk_member.inl"
 #include "cpu/foreach_level.h"
 
@@ -76,6 +85,7 @@ class Counter {
         x_(x),
         member_(member),
         wide_(std::is_same<In, A>::value ? 0 : N * p.D),
+        q_(p.codes ? N * p.D : 0),
         pairs_(N * J),
         counts_(new std::atomic<int32_t>[N * J]) {
     std::fill(member, member + N * J, false);
@@ -90,7 +100,8 @@ class Counter {
       const bool fruitless = done_ >= 16 * p_.k && 4 * left() > 3 * before_;
       if (left() > few_ && (done_ >= p_.F / 8 || fruitless)) break;
       before_ = left();
-      const int64_t end = std::min(p_.F, 2 * done_);
+      // one group need not be gathered again: it stops where all of it is known
+      const int64_t end = left() <= kTokens ? p_.F : std::min(p_.F, 2 * done_);
       stretch(done_, end);
       done_ = end;
       open_.erase(std::remove_if(open_.begin(), open_.end(),
@@ -127,8 +138,8 @@ class Counter {
   struct Token {
     int64_t row, begin, end;  // its pairs
     const A* x;
-    float norm;  // at least |x|
-    bool open;   // is an answer missing after the first latents?
+    Quantised q;
+    bool open;  // is an answer missing after the first latents?
   };
 
   int64_t left() const { return static_cast<int64_t>(open_.size()); }
@@ -143,9 +154,12 @@ class Counter {
     return out;
   }
 
-  template <class Row>
-  void score(const A* const* x, int64_t tokens, const Row* w, int64_t n, A* out) const {
-    FASTSAE_AT_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, out);
+  void score(const A* const* x, int64_t tokens, const In* w, int64_t n, A* out) const {
+    FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, out);
+  }
+  void code_score(const int16_t* const* q, int64_t tokens, const int8_t* codes, int64_t n,
+                  float* out) const {
+    FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::code_scores, q, tokens, codes, n, p_.D, out);
   }
 
   // Takes every group of tokens through the first latents. A pair's place is free for it alone.
@@ -182,7 +196,7 @@ class Counter {
 
   // Scores the latents that are asked for: those that their own sign does not settle.
   Token find_pairs(int64_t n, const int32_t* wanted, int64_t used, int64_t J) {
-    Token token{n, n * J, n * J, nullptr, 0.0f, false};
+    Token token{n, n * J, n * J, nullptr, {}, false};
     for (int64_t j = 0; j < used; ++j) {
       if (wanted[j] < 0) continue;
       if (!token.x) token.x = widened(n);
@@ -191,7 +205,12 @@ class Counter {
       pairs_.get()[token.end] = {n * J + j, wanted[j], rank(score, wanted[j])};
       counts_[token.end++].store(0, std::memory_order_relaxed);
     }
-    if (p_.codes && token.begin < token.end) token.norm = norm_of(token.x);
+    if constexpr (std::is_same<A, float>::value) {
+      if (p_.codes && token.begin < token.end) {
+        FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::quantise, token.x, p_.D, q_.get() + n * p_.D,
+                              &token.q);
+      }
+    }
     return token;
   }
 
@@ -203,14 +222,6 @@ class Counter {
       for (int64_t d = 0; d < p_.D; ++d) row[d] = widen(x_[n * p_.D + d]);
       return row;
     }
-  }
-
-  float norm_of(const A* x) const {
-    double square;
-    FASTSAE_AT_LEVEL(p_.level, topk_member::squares, x, p_.D, &square);
-    // larger ones could overflow in the sums of codes: nothing is known of them
-    const double norm = std::sqrt(square) * (1 + 0x1p-20);
-    return norm < 0x1p60 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
   }
 
   bool undecided(const Token& token) const {
@@ -247,22 +258,26 @@ class Counter {
   bool count(const Token* group, int64_t size, int64_t first, int64_t n) {
     const Token* token[kTokens];
     const A* x[kTokens];
+    const int16_t* q[kTokens];
     int64_t tokens = 0;
     for (int64_t t = 0; t < size; ++t) {
-      if (undecided(group[t])) token[tokens] = group + t, x[tokens++] = group[t].x;
+      if (!undecided(group[t])) continue;
+      token[tokens] = group + t;
+      q[tokens] = group[t].q.codes;
+      x[tokens++] = group[t].x;
     }
     if (!tokens) return false;
     std::array<A, kTokens * kLatents> low, high;  // bounds of the ranks; equal where known
     if (p_.codes) {
       if constexpr (std::is_same<A, float>::value) {
-        score(x, tokens, p_.codes + first * p_.D, n, low.data());
+        code_score(q, tokens, p_.codes + 2 * first * p_.D, n, low.data());
         std::array<float, kLatents> biases, scales;
         for (int64_t l = 0; l < n; ++l) biases[l] = bias(first + l);
         for (int64_t l = 0; p_.scale && l < n; ++l) scales[l] = widen(p_.scale[first + l]);
         for (int64_t t = 0; t < tokens; ++t) {
-          FASTSAE_AT_LEVEL(p_.level, topk_member::bracket, low.data() + t * kLatents,
-                           high.data() + t * kLatents, n, p_.bounds + 2 * first, biases.data(),
-                           p_.scale ? scales.data() : nullptr, token[t]->norm);
+          FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::bracket, low.data() + t * kLatents,
+                                high.data() + t * kLatents, n, p_.bounds + first, p_.F, 0,
+                                biases.data(), p_.scale ? scales.data() : nullptr, token[t]->q);
         }
       }
     } else {
@@ -276,7 +291,7 @@ class Counter {
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t i = token[t]->begin; i < token[t]->end; ++i) {
         if (counts_[i].load(std::memory_order_relaxed) >= p_.k) continue;
-        const int32_t better = beaten_by(pairs_.get()[i], x[t], low.data() + t * kLatents,
+        const int32_t better = beaten_by(pairs_.get()[i], *token[t], low.data() + t * kLatents,
                                          high.data() + t * kLatents, first, n);
         counts_[i].fetch_add(better, std::memory_order_relaxed);
       }
@@ -284,24 +299,43 @@ class Counter {
     return true;
   }
 
-  int32_t beaten_by(const Pair& pair, const A* x, A* lower, A* upper, int64_t first,
+  int32_t beaten_by(const Pair& pair, const Token& token, A* lower, A* upper, int64_t first,
                     int64_t n) const {
-    int32_t better, near;
-    FASTSAE_AT_LEVEL(p_.level, topk_member::compare, lower, upper, n, pair.rank, &better, &near);
+    int32_t better;
+    uint64_t near;
+    FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::compare, lower, upper, n, pair.rank, &better,
+                          &near);
     const Key own = topk::make_key<A>(pair.rank, pair.latent);
-    for (int64_t l = 0; near && l < n; ++l) {
-      if (upper[l] < pair.rank || lower[l] > pair.rank) continue;
-      --near;
-      if (!(lower[l] == upper[l])) lower[l] = upper[l] = rank(exact(x, first + l), first + l);
-      better += topk::make_key<A>(lower[l], static_cast<int32_t>(first + l)) > own;
+    for (; near; near &= near - 1) {
+      const int l = __builtin_ctzll(near);
+      A *low = lower + l, *high = upper + l;
+      if (!(*low == *high) && p_.codes) look_closer(token, first + l, low, high);
+      if (*low > pair.rank || *high < pair.rank) {
+        better += *low > pair.rank;
+        continue;
+      }
+      if (!(*low == *high)) *low = *high = rank(exact(token.x, first + l), first + l);
+      better += topk::make_key<A>(*low, static_cast<int32_t>(first + l)) > own;
     }
     return better;
+  }
+
+  // Bounds from both codes.
+  void look_closer(const Token& token, int64_t latent, A* low, A* high) const {
+    if constexpr (std::is_same<A, float>::value) {
+      *low = FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::fine_score, token.q.codes,
+                                   p_.codes + 2 * latent * p_.D, p_.D);
+      const float offset = bias(latent), scale = p_.scale ? widen(p_.scale[latent]) : 1.0f;
+      FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::bracket, low, high, 1, p_.bounds + latent, p_.F,
+                            1, &offset, p_.scale ? &scale : nullptr, token.q);
+    }
   }
 
   const Problem<In>& p_;
   const In* x_;
   bool* member_;
-  Scratch<A> wide_;  // [N, D] where x is narrower
+  Scratch<A> wide_;      // [N, D] where x is narrower
+  Scratch<int16_t> q_;   // [N, D] with a screen
   Scratch<Pair> pairs_;  // J places a token, filled from the first
   std::unique_ptr<std::atomic<int32_t>[]> counts_;
   std::vector<Token> open_;
@@ -334,8 +368,8 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                   " do not fit");
   STD_TORCH_CHECK(codes.has_value() == bounds.has_value(), kOp, ": half a screen");
   if (codes) {
-    check_tensor(kOp, "codes", *codes, {F, D}, ScalarType::Char);
-    check_tensor(kOp, "bounds", *bounds, {F, 2}, ScalarType::Float);
+    check_tensor(kOp, "codes", *codes, {F, 2, D}, ScalarType::Char);
+    check_tensor(kOp, "bounds", *bounds, {4, F}, ScalarType::Float);
     STD_TORCH_CHECK(dtype != ScalarType::Double, kOp, ": a screen bounds fp32 scores");
   }
   const int32_t* wanted = data<int32_t>(latents);

@@ -154,8 +154,10 @@ class Prepared:
         functions, selection = _library.CPU_FUNCTIONS, self.selection
         enc, *_, slots = self._tables
         ops = (_OP,) if selection is None else (_OP, "topk_member")
-        if functions is None or not len(slots) or any(
-            _dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops
+        if (
+            functions is None
+            or not len(slots)
+            or any(_dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops)
         ):
             return None
         tables = (t.data_ptr() for t in self._tables)
@@ -166,7 +168,6 @@ class Prepared:
         wanted, centre = self._wanted, self._centre
         fits = (
             self._norm == "none"
-            and W_enc is not None
             and W_enc.dtype == enc.dtype
             and W_enc.shape[1] == enc.shape[2]
             and wanted is not None
@@ -198,6 +199,7 @@ class Prepared:
             or x.dtype is not self._dtype
             or not x.is_contiguous()
             or (x.requires_grad and torch.is_grad_enabled())
+            or x.dim() < 2
             or x.shape[0] != self._sequences
             or x.shape[-1] != self._width
             or x.get_device() != self._device

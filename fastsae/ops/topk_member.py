@@ -19,6 +19,7 @@ _OP = "topk_member"
 # chooses by what it finds. GPU: unverified, a guess.
 _COUNTS = {"reference": 48, "triton": 16, "cuda": 16}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
+_PARTS = 254  # of a step: what the second codes count
 
 
 def topk_member(
@@ -91,8 +92,10 @@ class Prepared:
         no_latents = none.new_empty(0, 1, dtype=torch.int32)
         _check(none, W_enc, b_enc, no_latents, k, rank_scale, positive, *(self.screen or ()))
         self.W_enc, self.version = W_enc, version_of(W_enc)
-        weights = (W_enc, b_enc, rank_scale)
-        self.weights = [None if t is None else t.detach().contiguous() for t in weights]
+        b_enc, rank_scale = (
+            None if t is None else t.detach().contiguous() for t in (b_enc, rank_scale)
+        )
+        self.weights = (W_enc.detach().contiguous(), b_enc, rank_scale)
         self.k, self.positive = k, positive
         self._backend = _dispatch.forced()
         self._kernel, self._few = _counting(W_enc)
@@ -100,7 +103,6 @@ class Prepared:
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""
         W_enc, b_enc, rank_scale = self.weights
-        assert W_enc is not None
         shape = x.shape
         if not (
             0 < x.numel() <= self._few * shape[-1]
@@ -141,39 +143,53 @@ def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:
 
 
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""int8 codes of W_enc's rows and what they leave out, for `topk_member`.
+    r"""int8 codes of W_enc's rows in two parts, and what they leave out, for `topk_member`.
 
-    .. math:: | step_i \langle codes_i, x \rangle - \langle w_i, x \rangle | \le margin_i \, |x|
+    .. math:: | step_i \langle codes_{i0}, x \rangle - \langle w_i, x \rangle |
+        \le margin_i |x|, \quad
+        | step_i \langle codes_{i0} + codes_{i1} / 254, x \rangle - \langle w_i, x \rangle |
+        \le fine_i |x|
 
-    holds for every x, with the rounding of fp32 sums on both sides in the margin.
+    hold for every x, with the rounding of fp32 sums on both sides in the margins.
 
     Args:
         W_enc: [F, D] fp32, bf16 or fp16.
 
     Returns:
-        codes [F, D] int8 and bounds [F, 2] fp32: step, margin. A row that is not finite has margin
-        inf: it is always scored from W_enc.
+        codes [F, 2, D] int8 and bounds [4, F] fp32: step, margin, fine, and size, which is at least
+        the norm of either approximation. A row that is not finite has margins inf: it is always
+        scored from W_enc.
     """
     _common.check_floats(_OP, W_enc=W_enc)
     _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
     if W_enc.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 weights need none")
     F, D = W_enc.shape
-    codes = torch.empty(F, D, dtype=torch.int8, device=W_enc.device)
-    bounds = torch.empty(F, 2, dtype=torch.float32, device=W_enc.device)
+    codes = torch.empty(F, 2, D, dtype=torch.int8, device=W_enc.device)
+    bounds = torch.empty(4, F, dtype=torch.float32, device=W_enc.device)
     rounding = 2.0 * (D + 32) * 2.0**-23
     for i in range(0, F, _SCREEN_ROWS):
         w = W_enc.detach()[i : i + _SCREEN_ROWS].double()
         step = (w.abs().amax(1) / 127).to(torch.float32) if D else w.new_zeros(len(w)).float()
-        wide = step.double().clamp(min=2.0**-149)[:, None]
-        code = (w / wide).round().clamp(-127, 127).nan_to_num(0.0)
-        norm, off = w.norm(dim=1), (w - code * step.double()[:, None]).norm(dim=1)
-        margin = ((off + rounding * (norm + off)) * (1 + 2.0**-20)).to(torch.float32)
-        # tiny rows: squares that underflow in fp32 scores, steps that are subnormal
-        margin = torch.where(margin.isfinite(), margin * (1 + 2.0**-20) + 2.0**-100, torch.inf)
-        codes[i : i + _SCREEN_ROWS] = code.to(torch.int8)
-        bounds[i : i + _SCREEN_ROWS, 0] = step.nan_to_num(0.0, 0.0, 0.0)
-        bounds[i : i + _SCREEN_ROWS, 1] = margin
+        exact_step = step.double()[:, None]
+        unit = exact_step.clamp(min=2.0**-149)
+        code = (w / unit).round().clamp(-127, 127).nan_to_num(0.0)
+        left = w - code * exact_step
+        rest = (left / unit * _PARTS).round().clamp(-127, 127).nan_to_num(0.0)
+        finer = left - rest * exact_step / _PARTS
+        norm, off, fine_off = w.norm(dim=1), left.norm(dim=1), finer.norm(dim=1)
+
+        def up(bound: torch.Tensor) -> torch.Tensor:
+            # tiny rows: squares that underflow in fp32 scores, steps that are subnormal
+            bound = (bound * (1 + 2.0**-20)).to(torch.float32)
+            return torch.where(bound.isfinite(), bound * (1 + 2.0**-20) + 2.0**-100, torch.inf)
+
+        rows = slice(i, i + len(w))
+        codes[rows, 0], codes[rows, 1] = code.to(torch.int8), rest.to(torch.int8)
+        bounds[0, rows] = step.nan_to_num(0.0, 0.0, 0.0)
+        bounds[1, rows] = up(off + rounding * (norm + off))
+        bounds[2, rows] = up(fine_off + rounding * (norm + off))
+        bounds[3, rows] = up(norm + off + fine_off)
     return codes, bounds
 
 
@@ -207,8 +223,8 @@ def _check(
     if x.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 takes none")
     for name, part, size, dtype in (
-        ("codes", codes, (F, D), torch.int8),
-        ("bounds", bounds, (F, 2), torch.float32),
+        ("codes", codes, (F, 2, D), torch.int8),
+        ("bounds", bounds, (4, F), torch.float32),
     ):
         if part is None or part.shape != size or part.dtype != dtype or part.device != x.device:
             raise ValueError(

@@ -332,14 +332,11 @@ class Steerer:
     # -- the model runs ---------------------------------------------------------------------------
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._sequences:
+        where = self._positions
+        if not self._sequences or where.everywhere:
             return
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
-        where = self._positions
-        if where.everywhere:
-            self._mask = None
-            return
         if self._prompt_length is None:  # the first pass
             ids = kwargs.get("input_ids")
             tokens = ids if ids is not None else kwargs["inputs_embeds"]
@@ -361,7 +358,12 @@ class Steerer:
         return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
-        programs, shape, mask = self._sequences, x.shape, self._mask
+        mask = self._mask
+        if not torch.compiler.is_compiling() and (not self._selects or self._counts()):
+            out = self._run.at_once(x, mask)
+            if out is not None:
+                return out
+        programs, shape = self._sequences, x.shape
         if mask is not None and mask.shape != shape[:-1]:
             raise ValueError(
                 f"steer: {self.site} puts out {list(shape)} for tokens {list(mask.shape)}; such a "
@@ -381,13 +383,7 @@ class Steerer:
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""
-        selects = self._selects
-        if torch.compiler.is_compiling():
-            selects = self._exact
-        elif not selects or self._counts():
-            out = self._run.at_once(x, mask)
-            if out is not None:
-                return out
+        selects = self._exact if torch.compiler.is_compiling() else self._selects
         return self._run(x, mask, self._members(x) if selects else None)
 
     def _counts(self) -> bool:
