@@ -201,7 +201,8 @@ def step_rows(
             "contender": subject.name, "ms": round(1e3 * statistics.median(ordered), 4),
             "p20": round(1e3 * ordered[n // 5], 4), "p80": round(1e3 * ordered[4 * n // 5], 4),
             "rounds": n, "others": round(others, 3), "of_own": round(1 + added / unit, 4),
-            "added_us": round(1e6 * added, 1),
+            "added_us": round(1e6 * added, 1), "low": round(low / unit, 4),
+            "high": round(high / unit, 4),
             "note": f"{1e6 * added:+.0f} us, 95% {low / unit:+.1%} to {high / unit:+.1%}",
         })  # fmt: skip
     return rows
@@ -229,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row["new_tokens"] = args.tokens
                     row["tokens_per_s"] = round(1e3 * batch * args.tokens / row["ms"], 1)
             h.finish(NAME, f"generate: batch={batch}, {args.tokens} new tokens each", rows, args)
+        if not args.texts:
+            continue
         names = {c.name for c in kept}
         timed = [s for s in every if s.name in names]
         others = time_steps(timed, args.texts, args.tokens)

@@ -57,8 +57,8 @@ for piece in $pieces; do
     steer)
       run benchmarks/bench_steer.py
       for batch in 1 32; do
-        run benchmarks/bench_generate.py --batches $batch --only 'unsteered|JumpReLU' --rounds 61
-        run benchmarks/bench_generate.py --batches $batch --only TopK --rounds 31
+        run benchmarks/bench_generate.py --batches $batch --rounds 31 --texts 0
+        run benchmarks/bench_generate.py --batches $batch --rounds 0 --texts 30
       done ;;
     *) echo "run_all.sh: unknown piece $piece" >&2; exit 2 ;;
   esac

@@ -168,8 +168,8 @@ def test_the_screen_bounds_every_score(d, size, seed):
     x = randn(20, d, seed=seed + 2) * randn(1, d, seed=seed + 3).exp()
     codes, bounds = ops.topk_screen(w)
     step, margin, fine, largest = bounds.double()
-    coarse = codes[:, 0].double() * step[:, None]
-    closer = coarse + codes[:, 1].double() * step[:, None] / 254
+    coarse = codes[0].double() * step[:, None]
+    closer = coarse + codes[1].double() * step[:, None] / 254
     for approximation, limit in ((coarse, margin), (closer, fine)):
         off = x.double() @ (approximation - w.double()).T
         assert (off.abs() <= limit * x.double().norm(dim=1, keepdim=True)).all()
@@ -183,8 +183,8 @@ def test_the_screen_is_tight():
     norm = w.norm(dim=1)
     assert (bounds[1] < 0.02 * norm).all() and (bounds[2] < 2e-4 * norm).all()
     assert (bounds[3] < 1.1 * norm).all() and codes.dtype == torch.int8
-    assert torch.equal(codes[:, 0].abs().amax(1), torch.full((400,), 127, dtype=torch.int8))
-    assert codes[:, 1].abs().amax() > 120
+    assert torch.equal(codes[0].abs().amax(1), torch.full((400,), 127, dtype=torch.int8))
+    assert codes[1].abs().amax() > 120
 
 
 @pytest.mark.parametrize("level", CPU_LEVELS)

@@ -1,6 +1,6 @@
 // topk_member: is a latent among the k best of x W_enc^T + b_enc? By counting who beats it.
 //
-// With a screen (codes int8 [F, 2, D], bounds [4, F]) and x in integers q of its own step a
+// With a screen (codes int8 [2, F, D], bounds [4, F]) and x in integers q of its own step a
 // latent's score is known from a quarter of the bytes:
 //   |step x_step <codes_0, q> - <w, x>| <= margin |x| + size |x - x_step q|
 // Those too close to call are taken with codes_1 / 254 added, whose margin is that much smaller,
@@ -270,7 +270,7 @@ class Counter {
     std::array<A, kTokens * kLatents> low, high;  // bounds of the ranks; equal where known
     if (p_.codes) {
       if constexpr (std::is_same<A, float>::value) {
-        code_score(q, tokens, p_.codes + 2 * first * p_.D, n, low.data());
+        code_score(q, tokens, p_.codes + first * p_.D, n, low.data());
         std::array<float, kLatents> biases, scales;
         for (int64_t l = 0; l < n; ++l) biases[l] = bias(first + l);
         for (int64_t l = 0; p_.scale && l < n; ++l) scales[l] = widen(p_.scale[first + l]);
@@ -323,8 +323,9 @@ class Counter {
   // Bounds from both codes.
   void look_closer(const Token& token, int64_t latent, A* low, A* high) const {
     if constexpr (std::is_same<A, float>::value) {
-      *low = FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::fine_score, token.q.codes,
-                                   p_.codes + 2 * latent * p_.D, p_.D);
+      *low =
+          FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::fine_score, token.q.codes,
+                                p_.codes + latent * p_.D, p_.codes + (p_.F + latent) * p_.D, p_.D);
       const float offset = bias(latent), scale = p_.scale ? widen(p_.scale[latent]) : 1.0f;
       FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::bracket, low, high, 1, p_.bounds + latent, p_.F,
                             1, &offset, p_.scale ? &scale : nullptr, token.q);
@@ -368,7 +369,7 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                   " do not fit");
   STD_TORCH_CHECK(codes.has_value() == bounds.has_value(), kOp, ": half a screen");
   if (codes) {
-    check_tensor(kOp, "codes", *codes, {F, 2, D}, ScalarType::Char);
+    check_tensor(kOp, "codes", *codes, {2, F, D}, ScalarType::Char);
     check_tensor(kOp, "bounds", *bounds, {4, F}, ScalarType::Float);
     STD_TORCH_CHECK(dtype != ScalarType::Double, kOp, ": a screen bounds fp32 scores");
   }

@@ -143,6 +143,7 @@ inline void totals4(const Lanes* v, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = total(v[i]);
 }
 #endif
+constexpr int kAhead = 4;  // rows that codes are fetched before their use
 #if FASTSAE_LEVEL < 2
 template <class T>
 struct Padded {
@@ -153,7 +154,7 @@ inline Lanes load_q_n(const int16_t* p, int n) { return load_q(Padded<int16_t>(p
 inline Lanes load_codes_n(const int8_t* p, int n) { return load_codes(Padded<int8_t>(p, n).v); }
 #endif
 
-// out[r, l] = <q_r, codes_l>, rows of codes 2 d apart.
+// out[r, l] = <q_r, codes_l>, codes [L, d].
 template <int R, int L>
 inline void code_block(const int16_t* const* q, const int8_t* codes, int64_t d, float* out) {
   Lanes acc[R][L];
@@ -169,7 +170,9 @@ inline void code_block(const int16_t* const* q, const int8_t* codes, int64_t d, 
     for (int r = 0; r < R; ++r) qs[r] = load_q(q[r] + i);
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      const Lanes c = load_codes(codes + 2 * l * d + i);
+      const Lanes c = load_codes(codes + l * d + i);
+      // rows are too short for the hardware to see where they go on
+      __builtin_prefetch(codes + (l + kAhead) * d + i);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) acc[r][l] = add_products(acc[r][l], qs[r], c);
     }
@@ -177,7 +180,7 @@ inline void code_block(const int16_t* const* q, const int8_t* codes, int64_t d, 
   if (i < d) {
     const int n = static_cast<int>(d - i);
     for (int l = 0; l < L; ++l) {
-      const Lanes c = load_codes_n(codes + 2 * l * d + i, n);
+      const Lanes c = load_codes_n(codes + l * d + i, n);
       for (int r = 0; r < R; ++r) acc[r][l] = add_products(acc[r][l], load_q_n(q[r] + i, n), c);
     }
   }
@@ -195,11 +198,11 @@ template <int R>
 static void codes_of(const int16_t* const* q, const int8_t* codes, int64_t n, int64_t d,
                      float* out) {
   int64_t l = 0;
-  for (; l + 4 <= n; l += 4) code_block<R, 4>(q, codes + 2 * l * d, d, out + l);
-  for (; l < n; ++l) code_block<R, 1>(q, codes + 2 * l * d, d, out + l);
+  for (; l + 4 <= n; l += 4) code_block<R, 4>(q, codes + l * d, d, out + l);
+  for (; l < n; ++l) code_block<R, 1>(q, codes + l * d, d, out + l);
 }
 
-// out [tokens, kLatents] = the integers q_t [d] times the n first rows of codes [n, 2, d].
+// out [tokens, kLatents] = the integers q_t [d] times the n rows of codes [n, d].
 static void code_scores(const int16_t* const* q, int64_t tokens, const int8_t* codes, int64_t n,
                         int64_t d, float* out) {
   switch (tokens) {
@@ -214,20 +217,20 @@ static void code_scores(const int16_t* const* q, int64_t tokens, const int8_t* c
   }
 }
 
-// <q, codes_0 + codes_1 / 254> of one latent's codes [2, d].
-static float fine_score(const int16_t* q, const int8_t* codes, int64_t d) {
+// <q, codes + rest / 254> of one latent.
+static float fine_score(const int16_t* q, const int8_t* codes, const int8_t* rest, int64_t d) {
   Lanes first = no_lanes(), second = no_lanes();
   int64_t i = 0;
   for (; i + kStep <= d; i += kStep) {
     const Lanes x = load_q(q + i);
     first = add_products(first, x, load_codes(codes + i));
-    second = add_products(second, x, load_codes(codes + d + i));
+    second = add_products(second, x, load_codes(rest + i));
   }
   if (i < d) {
     const int n = static_cast<int>(d - i);
     const Lanes x = load_q_n(q + i, n);
     first = add_products(first, x, load_codes_n(codes + i, n));
-    second = add_products(second, x, load_codes_n(codes + d + i, n));
+    second = add_products(second, x, load_codes_n(rest + i, n));
   }
   return total(first) + total(second) / 254;
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import _dispatch
+from .._memory import advise_huge_pages
 from ..reference.topk_member import check_latents
 from . import _common
 from .topk_encode import topk_encode
@@ -145,9 +146,9 @@ def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""int8 codes of W_enc's rows in two parts, and what they leave out, for `topk_member`.
 
-    .. math:: | step_i \langle codes_{i0}, x \rangle - \langle w_i, x \rangle |
+    .. math:: | step_i \langle codes_{0i}, x \rangle - \langle w_i, x \rangle |
         \le margin_i |x|, \quad
-        | step_i \langle codes_{i0} + codes_{i1} / 254, x \rangle - \langle w_i, x \rangle |
+        | step_i \langle codes_{0i} + codes_{1i} / 254, x \rangle - \langle w_i, x \rangle |
         \le fine_i |x|
 
     hold for every x, with the rounding of fp32 sums on both sides in the margins.
@@ -156,7 +157,7 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         W_enc: [F, D] fp32, bf16 or fp16.
 
     Returns:
-        codes [F, 2, D] int8 and bounds [4, F] fp32: step, margin, fine, and size, which is at least
+        codes [2, F, D] int8 and bounds [4, F] fp32: step, margin, fine, and size, which is at least
         the norm of either approximation. A row that is not finite has margins inf: it is always
         scored from W_enc.
     """
@@ -165,7 +166,7 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if W_enc.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 weights need none")
     F, D = W_enc.shape
-    codes = torch.empty(F, 2, D, dtype=torch.int8, device=W_enc.device)
+    codes = advise_huge_pages(torch.empty(2, F, D, dtype=torch.int8, device=W_enc.device))
     bounds = torch.empty(4, F, dtype=torch.float32, device=W_enc.device)
     rounding = 2.0 * (D + 32) * 2.0**-23
     for i in range(0, F, _SCREEN_ROWS):
@@ -185,7 +186,7 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.where(bound.isfinite(), bound * (1 + 2.0**-20) + 2.0**-100, torch.inf)
 
         rows = slice(i, i + len(w))
-        codes[rows, 0], codes[rows, 1] = code.to(torch.int8), rest.to(torch.int8)
+        codes[0, rows], codes[1, rows] = code.to(torch.int8), rest.to(torch.int8)
         bounds[0, rows] = step.nan_to_num(0.0, 0.0, 0.0)
         bounds[1, rows] = up(off + rounding * (norm + off))
         bounds[2, rows] = up(fine_off + rounding * (norm + off))
@@ -223,7 +224,7 @@ def _check(
     if x.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 takes none")
     for name, part, size, dtype in (
-        ("codes", codes, (F, 2, D), torch.int8),
+        ("codes", codes, (2, F, D), torch.int8),
         ("bounds", bounds, (4, F), torch.float32),
     ):
         if part is None or part.shape != size or part.dtype != dtype or part.device != x.device:
