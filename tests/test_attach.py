@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -418,6 +420,58 @@ def test_an_exception_clears_and_bad_use_is_refused(gpt2):
     assert torch.equal(gpt2(ids).logits, clean)
     steerer.detach()
     attach(gpt2, None, layer=LAYER).detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_an_attached_model_is_not_steered(gpt2, copied):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    clean = gpt2(ids).logits
+    assert torch.equal(copied(gpt2)(ids).logits, clean)
+    with steerer.steer([[clamp(3, 6.0)], None]):
+        steered = gpt2(ids).logits
+        inside = copied(gpt2)
+        assert torch.equal(inside(ids).logits, clean) and not torch.equal(steered, clean)
+        assert torch.equal(gpt2(ids).logits, steered)
+    assert torch.equal(copied(gpt2)(ids).logits, clean)
+    (hook,) = find_site(inside, layer=LAYER)[1]._forward_hooks.values()
+    with hook.__self__.steer([[clamp(3, 6.0)], None]):
+        assert torch.equal(inside(ids).logits, steered)
+    assert torch.equal(gpt2(ids).logits, clean)
+    steerer.detach()
+
+
+@torch.no_grad()
+def test_a_detached_steerer_and_a_converted_model_are_refused(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    model = copy.deepcopy(gpt2)
+    steerer.detach()
+    with pytest.raises(RuntimeError, match="attach again"), steerer.steer([None]):
+        pass
+    steerer = attach(model, topk_sae(), layer=LAYER)
+    model.to(torch.bfloat16)
+    with steerer.steer([[clamp(3, 6.0)], None]):
+        with pytest.raises(TypeError, match="attach again"):
+            model(ids)
+        model.float()
+        clean = gpt2(ids).logits
+        assert not torch.allclose(model(ids).logits, clean, atol=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.allclose(model(ids).logits.float(), clean, atol=0.1)
+
+
+def test_attached_in_inference_mode(gpt2):
+    ids = prompt(2)
+    with torch.inference_mode():
+        sae = topk_sae()
+        steerer = attach(gpt2, sae, layer=LAYER)
+        with steerer.steer([[clamp(3, 6.0)], None]):
+            first = gpt2(ids).logits
+    with torch.no_grad(), steerer.steer([[clamp(3, 6.0)], None]):
+        assert torch.equal(gpt2(ids).logits, first)
+    steerer.detach()
 
 
 def test_operations_refuse_nonsense():

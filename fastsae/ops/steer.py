@@ -143,11 +143,22 @@ class Prepared:
         self._tables, self._norm, self._eps = tables, norm, eps
         self._code = NORMS.index(norm)
         self._dtype, self._device = enc.dtype, enc.get_device()
-        self._backend = _dispatch.forced()
-        self._kernel = _dispatch.select(_OP, enc)
         self._sequences, self._width = len(slots), enc.shape[2]
         self.selection, self._wanted, self._centre = selection, wanted, centre
+        self._choose()
+
+    def _choose(self) -> None:
+        self._backend = _dispatch.forced()
+        self._kernel = _dispatch.select(_OP, self._tables[0])
         self._site = self._made_site()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process and to these tensors' addresses."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_kernel", "_site", "_backend")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._choose()
 
     def _made_site(self) -> Any:
         """What the C++ library keeps of all this; None where it cannot serve."""

@@ -98,8 +98,21 @@ class Prepared:
         )
         self.weights = (W_enc.detach().contiguous(), b_enc, rank_scale)
         self.k, self.positive = k, positive
+        self._choose()
+
+    def _choose(self) -> None:
         self._backend = _dispatch.forced()
-        self._kernel, self._few = _counting(W_enc)
+        self._kernel, self._few = _counting(self.W_enc)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process."""
+        own = ("_kernel", "_few", "_backend")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.version = version_of(self.W_enc)  # a copy counts its writes anew
+        self._choose()
 
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""

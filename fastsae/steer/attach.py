@@ -68,6 +68,7 @@ class Steerer:
     kept on a CPU.
     """
 
+    @torch.inference_mode(False)  # tables made inside could not be written outside
     def __init__(
         self,
         model: nn.Module,
@@ -120,6 +121,10 @@ class Steerer:
             else module.register_forward_hook(self._after),
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (of the model, with its hooks) is in no block: it steers nothing."""
+        return {**self.__dict__, "_sequences": 0, "_mask": None}
+
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
         for handle in self._handles:
@@ -151,7 +156,7 @@ class Steerer:
         Raises:
             ValueError: too many programs or entries, a latent out of range, unit="max" without
                 statistics, a vector of another width.
-            RuntimeError: already inside a block of this steerer.
+            RuntimeError: already inside a block of this steerer, or it was detached.
         """
         self.set(programs, positions, prompt_length=prompt_length)
         try:
@@ -167,6 +172,8 @@ class Steerer:
         prompt_length: int | None = None,
     ) -> None:
         """`steer` without a block: until `clear`."""
+        if not self._handles:
+            raise RuntimeError(f"steer: this steerer was detached from {self.site}; attach again")
         if self._sequences:
             raise RuntimeError(
                 f"steer: {self.site} is being steered already; leave that block first"
@@ -363,7 +370,13 @@ class Steerer:
             out = self._run.at_once(x, mask)
             if out is not None:
                 return out
-        programs, shape = self._sequences, x.shape
+        programs, shape, table = self._sequences, x.shape, self._enc
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.device != table.device or (x.dtype != table.dtype and not autocast):
+            raise TypeError(
+                f"steer: {self.site} puts out {x.dtype} on {x.device}, and it was attached to "
+                f"when the model was {table.dtype} on {table.device}; detach() and attach again"
+            )
         if mask is not None and mask.shape != shape[:-1]:
             raise ValueError(
                 f"steer: {self.site} puts out {list(shape)} for tokens {list(mask.shape)}; such a "
