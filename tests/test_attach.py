@@ -422,6 +422,30 @@ def test_an_exception_clears_and_bad_use_is_refused(gpt2):
     attach(gpt2, None, layer=LAYER).detach()
 
 
+def test_backward_after_the_block_is_the_backward_inside(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    program, weight = [min_clamp(7, 4.0), clamp(3, 6.0)], next(gpt2.parameters())
+    with steerer.steer([program, None]):
+        (inside,) = torch.autograd.grad(gpt2(ids).logits.square().sum(), weight)
+        loss = gpt2(ids).logits.square().sum()
+    with steerer.steer([[ablate(1)], None]):  # other tables
+        (after,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(after, inside)
+    steerer.detach()
+
+
+def test_equal_programs_share_a_slot(gpt2):
+    steerer = attach(gpt2, topk_sae(), layer=LAYER, max_slots=1)
+    with steerer.steer([[clamp(3, 6.0)] for _ in range(5)]):
+        pass
+    with (
+        pytest.raises(ValueError, match="max_slots"),
+        steerer.steer([[clamp(3, 6.0)], [ablate(3)]]),
+    ):
+        pass
+    steerer.detach()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]

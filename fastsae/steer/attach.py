@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import _steer_codes as codes
-from ..ops.steer import Prepared
+from ..ops.steer import Prepared, steer
 from ..ops.topk_member import Prepared as PreparedMember
 from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
@@ -102,6 +102,7 @@ class Steerer:
         self._wanted = torch.full((max_batch, max_ops), -1, dtype=torch.int32, device=like.device)
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
+        self._used = (1, 1)  # slots and entries of theirs
         self._current, self._asked = self._slots[:0], self._wanted[:0]
         # may an entry ask for membership among the k, and does one now?
         self._exact = sae is not None and sae.exact_membership
@@ -219,15 +220,16 @@ class Steerer:
             )
         lists: list[list[_Entry]] = []
         slots: list[int] = []
-        known: dict[int, int] = {}
+        known: dict[tuple[Operation, ...], int] = {}
         for program in programs:
             if not program:
                 slots.append(0)
                 continue
-            if id(program) not in known:
+            key = tuple(program)
+            if key not in known:
                 lists.append(self._entries(program))
-                known[id(program)] = len(lists)
-            slots.append(known[id(program)])
+                known[key] = len(lists)
+            slots.append(known[key])
         if len(lists) >= len(self._enc):
             raise ValueError(
                 f"steer: {len(lists)} different programs, max_slots is {len(self._enc) - 1}"
@@ -257,6 +259,7 @@ class Steerer:
             (self._latents, latents),
         ):
             buffer[:used, : shape[1]].copy_(table)
+        self._used = shape
         self._slots.zero_()
         self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
         self._wanted[: len(slots)].copy_(self._latents.index_select(0, self._slots[: len(slots)]))
@@ -396,8 +399,24 @@ class Steerer:
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""
-        selects = self._exact if torch.compiler.is_compiling() else self._selects
-        return self._run(x, mask, self._members(x) if selects else None)
+        compiling = torch.compiler.is_compiling()
+        selects = self._exact if compiling else self._selects
+        member = self._members(x) if selects else None
+        if not compiling and torch.is_grad_enabled() and x.requires_grad:
+            return self._recorded(x, mask, member)
+        return self._run(x, mask, member)
+
+    def _recorded(
+        self, x: torch.Tensor, mask: torch.Tensor | None, member: torch.Tensor | None
+    ) -> torch.Tensor:
+        """With tables of its own: the backward pass may run when others are in force."""
+        used, entries = self._used
+        enc, dec, param, code = (
+            t[:used, :entries].clone() for t in (self._enc, self._dec, self._param, self._code)
+        )
+        member = None if member is None else member[..., :entries]
+        norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
+        return steer(x, enc, dec, param, code, self._current.clone(), mask, member, norm, eps)
 
     def _counts(self) -> bool:
         """Does `_run` know the selection? Of W_enc as it is now: it may have been written to."""
