@@ -41,6 +41,7 @@ def info() -> dict[str, Any]:
             "missing": _library.CPU_MISSING,
             "level": torch.ops.fastsae._cpu_level() if cpu_built else None,
             "levels": torch.ops.fastsae._cpu_levels().split() if cpu_built else [],
+            "hooks": _library.CPU_FUNCTIONS is not None,  # a steered site is one C++ call
         },
         "cuda_kernels": {
             "built": _library.CUDA_MISSING is None,

@@ -12,6 +12,7 @@ from conftest import generator, randn
 from small_models import FAMILIES, D, V, tiny
 
 import fastsae
+from fastsae import _library
 from fastsae.steer import (
     SAEDescription,
     ablate,
@@ -432,6 +433,21 @@ def test_backward_after_the_block_is_the_backward_inside(gpt2):
         (after,) = torch.autograd.grad(loss, weight)
     assert torch.equal(after, inside)
     steerer.detach()
+
+
+@torch.no_grad()
+def test_one_call_and_two_operators_write_the_same_text(gpt2, monkeypatch):
+    """A library that was built without Python.h steers by its operators."""
+    ids, found = prompt(3), []
+    for functions in (_library.CPU_FUNCTIONS, None):
+        monkeypatch.setattr(_library, "CPU_FUNCTIONS", functions)
+        steerer = attach(gpt2, topk_sae(), layer=LAYER)
+        with steerer.steer(PROGRAMS):
+            assert (steerer._run.at_once(torch.zeros(3, 1, D)) is None) == (functions is None)
+            found.append(run(gpt2, ids))
+        steerer.detach()
+    (text, logits), (other_text, other_logits) = found
+    assert torch.equal(text, other_text) and torch.equal(logits, other_logits)
 
 
 def test_equal_programs_share_a_slot(gpt2):

@@ -34,6 +34,7 @@ def info(
         "GPUs": ", ".join(found["gpus"]) or "none",
         "C++ kernels": (
             f"{kernels['level']} (this CPU has {', '.join(kernels['levels'])})"
+            + ("" if kernels["hooks"] else "; without Python.h: steering hooks are slower")
             if kernels["built"]
             else kernels["missing"]
         ),
