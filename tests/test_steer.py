@@ -315,14 +315,18 @@ class TestAtOnce:
         assert wrapped == [None] * 3
         assert Prepared(*table, slots, "layer_norm", 1e-5, selection, wanted).at_once(x) is None
 
-    def test_declines_what_is_better_selected(self):
+    def test_many_tokens_are_left_to_selecting(self):
+        """And up to there those that all fire are counted to the end."""
         table, slots = tables(3, self.OPS, self.D, torch.float32), torch.tensor([2, 0, -1]).int()
         w, wanted = randn(3000, self.D, seed=5), torch.zeros(self.B, self.OPS).int()
         selection = PreparedMember(w, 10 * w[:, 0].argsort().float(), 1500)
         made = Prepared(*table, slots, "none", 1e-5, selection, wanted)
-        x = randn(self.B, 400, self.D, seed=1)
-        assert made.at_once(x[:, :5].contiguous()) is not None
+        x = randn(self.B, 43, self.D, seed=1)
         assert made.at_once(x) is None
+        x = x[:, :42].contiguous()
+        member = selection(x, wanted)
+        assert member.any(-1).sum() > 32
+        assert torch.equal(made.at_once(x), call(x, table, slots, None, member))
 
     def test_bad_tables_are_refused(self):
         made, _, slots, _, wanted, _ = self.site()

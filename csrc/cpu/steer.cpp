@@ -85,8 +85,8 @@ bool steer_site(const SteerSite& site, const void* x, const bool* mask, int64_t 
     steer_tokens(site, x, mask, nullptr, tokens, out);
     return true;
   }
+  if (tokens > kCounted) return false;
   Scratch<bool> member(tokens * site.O);
-  bool few = true;
   with_float_type(site.dtype, kOp, [&](auto zero) {
     using T = decltype(zero);
     const T *rows = static_cast<const T*>(x), *centre = static_cast<const T*>(site.centre);
@@ -96,11 +96,11 @@ bool steer_site(const SteerSite& site, const void* x, const bool* mask, int64_t 
         centred.get()[i + d] = narrow<T>(widen(rows[i + d]) - widen(centre[d]));
       }
     }
-    few = topk_member_few(site.member, site.dtype, centre ? centred.get() : rows, tokens,
-                          site.wanted, site.B, site.O, member.get());
+    topk_member_counted(site.member, site.dtype, centre ? centred.get() : rows, tokens, site.wanted,
+                        site.B, site.O, member.get());
   });
-  if (few) steer_tokens(site, x, mask, member.get(), tokens, out);
-  return few;
+  steer_tokens(site, x, mask, member.get(), tokens, out);
+  return true;
 }
 
 }  // namespace fastsae

@@ -20,7 +20,7 @@ struct SteerSite {
   MemberWeights member;
 };
 
-// out [tokens, D] = x steered. False, with out undefined, when membership of so many tokens is
+// out [tokens, D] = x steered. False, with nothing done, for so many tokens that membership is
 // better found by selecting, which is left to the caller.
 bool steer_site(const SteerSite& site, const void* x, const bool* mask, int64_t tokens, void* out);
 

@@ -89,16 +89,16 @@ class Counter {
         pairs_(N * J),
         counts_(new std::atomic<int32_t>[N * J]) {
     std::fill(member, member + N * J, false);
-    few_ = p.codes ? kFew : kFewUnscreened;
     start(N, latents, N / P, J);
   }
 
-  // Counts until all is decided, or until selecting is cheaper. Returns the tokens left for that.
-  int64_t run() {
+  // Counts until all is decided, or until more than `few` are left, for which selecting is cheaper.
+  // Returns how many.
+  int64_t run(int64_t few) {
     while (left() && done_ < p_.F) {
       // a latent of rank F / 16 is settled by 16 k others: where none is, they are members
       const bool fruitless = done_ >= 16 * p_.k && 4 * left() > 3 * before_;
-      if (left() > few_ && (done_ >= p_.F / 8 || fruitless)) break;
+      if (left() > few && (done_ >= p_.F / 8 || fruitless)) break;
       before_ = left();
       // one group need not be gathered again: it stops where all of it is known
       const int64_t end = left() <= kTokens ? p_.F : std::min(p_.F, 2 * done_);
@@ -342,7 +342,6 @@ class Counter {
   std::vector<Token> open_;
   int64_t done_ = 0;    // latents that all open tokens were compared with
   int64_t before_ = 0;  // open tokens before the last of them
-  int64_t few_;
 };
 
 void check_latents(const int32_t* latents, int64_t n, int64_t F) {
@@ -393,7 +392,7 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
     using In = decltype(zero);
     const Problem<In> problem(weights);
     Counter<In> counter(problem, data<In>(x), N, wanted, P, J, mutable_data<bool>(member));
-    const int64_t left = counter.run();
+    const int64_t left = counter.run(codes ? kFew : kFewUnscreened);
     if (!left) return;
     Tensor rows = torch::stable::new_empty(x, {left, D});
     counter.gather(mutable_data<In>(rows));
@@ -405,16 +404,14 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
 
 }  // namespace
 
-bool topk_member_few(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
-                     const int32_t* latents, int64_t P, int64_t J, bool* member) {
+void topk_member_counted(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
+                         const int32_t* latents, int64_t P, int64_t J, bool* member) {
   check_latents(latents, P * J, weights.F);
-  bool all = true;
   with_float_type(dtype, kOp, [&](auto zero) {
     using In = decltype(zero);
     const Problem<In> problem(weights);
-    all = !Counter<In>(problem, static_cast<const In*>(x), N, latents, P, J, member).run();
+    Counter<In>(problem, static_cast<const In*>(x), N, latents, P, J, member).run(N);
   });
-  return all;
 }
 
 }  // namespace fastsae

@@ -15,9 +15,10 @@ struct MemberWeights {
   bool positive;
 };
 
-// member [N, J] of x [N, D] and latents [P, J], a list for every N / P tokens. False, with member
-// undefined, when so many tokens are left that their k best are better selected.
-bool topk_member_few(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
-                     const int32_t* latents, int64_t P, int64_t J, bool* member);
+// member [N, J] of x [N, D] and latents [P, J], a list for every N / P tokens. Counts all of them
+// to the end, which is right for few tokens: up to kCounted it takes at most as long as selecting.
+constexpr int64_t kCounted = 128;
+void topk_member_counted(const MemberWeights& weights, ScalarType dtype, const void* x, int64_t N,
+                         const int32_t* latents, int64_t P, int64_t J, bool* member);
 
 }  // namespace fastsae
