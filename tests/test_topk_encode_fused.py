@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -29,9 +30,9 @@ def integers(n, d, f, dtype=torch.bfloat16):
     return [t.to(dtype).to(DEVICE) for t in (x, W, b, scale)]
 
 
-def select(x, W, b, k, scale=None, chunks=None):
-    chunks = chunks or encode_module.Chunks(slab=len(x) * 128)
-    keys = encode_module.select_fused(x, W, b, k, scale, chunks, SMALL)
+def select(x, W, b, k, scale=None, config=SMALL):
+    chunks = encode_module.Chunks(slab=len(x) * 128)
+    keys = encode_module.select_fused(x, W, b, k, scale, chunks, config)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     keys_module.decode_keys(keys, None, indices, False)
     return indices.cpu()
@@ -83,8 +84,21 @@ def test_rows_that_overflow_are_redone(redone):
     assert redone == [9]
 
 
+def test_a_row_that_overflowed_takes_no_part_in_later_phases(redone):
+    """Else it would hold keys of these phases when all of its columns are taken again."""
+    config = dataclasses.replace(SMALL, growth=2)
+    assert [end for _, end in config.phases(8, 600)] == [128, 256, 512, 600]
+    x, W = torch.ones(2, 16), torch.zeros(600, 16)
+    W[:256, 0] = torch.arange(256)  # overflows in the second phase
+    W[512:, 0] = 512 + torch.arange(88)  # the best are in the last one
+    x[1] = 0
+    x, W = x.half().to(DEVICE), W.half().to(DEVICE)
+    assert torch.equal(select(x, W, None, 8, config=config), expected(x, W, None, 8))
+    assert redone == [1]
+
+
 def test_ties_keep_the_lowest_index_and_never_overflow(redone):
-    x, W, b, _ = integers(3, 16, 200)
+    x, W, b, _ = integers(3, 16, 700)  # more ties in the second phase than a buffer has room for
     got = select(x * 0, W, b * 0, 20)
     assert got.tolist() == [list(range(20))] * 3
     assert redone == [0]
