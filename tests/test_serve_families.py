@@ -92,3 +92,44 @@ def test_rows_of_a_changing_batch_are_texts_alone(family):
         assert len(gone) == 2 and engine.load == 0
     finally:
         engine.close()
+
+
+def switched(model, steerer, prompt, programs, at, tokens):
+    """Greedy text whose program is another from the token after `at` tokens on."""
+    from transformers import DynamicCache
+
+    ids, cache, out = torch.tensor([prompt]), DynamicCache(), []
+    with torch.no_grad():
+        while len(out) < tokens:
+            with steerer.steer([programs[len(out) >= at]]):
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            out.append(ids.item())
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_program_is_in_force_from_the_next_token(family):
+    """The batch keeps its size, so nothing but the program tells the engine."""
+    model = tiny(family)
+    steerer = attach(model, topk_sae(), layer=LAYER)
+    first, second = [clamp(3, 6.0)], [clamp(20, -9.0), add(12, 6.0)]
+    texts, tokens = prompts()[:2], 14
+    truth = switched(model, steerer, texts[0], (first, second), 3, tokens)
+    assert truth[:3] == alone(model, steerer, texts[0], first, tokens)[:3]
+    assert truth != alone(model, steerer, texts[0], first, tokens)
+    beside = alone(model, steerer, texts[1], first, tokens)
+    engine = Engine(model, steerer, rows=2)
+    try:
+        readers = [Reader(then=lambda: engine.change(rows[0], second)), Reader()]
+        rows = engine.submit_all(
+            [(text, reader, first) for text, reader in zip(texts, readers)],
+            Sampling(temperature=0.0),
+            tokens,
+            60.0,
+        )
+        for reader in readers:
+            assert reader.done.wait(30)
+        assert [r.tokens for r in readers] == [truth, beside]
+    finally:
+        engine.close()
