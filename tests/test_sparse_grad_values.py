@@ -50,10 +50,12 @@ def test_not_finite(backend, dtype):
 def test_triton_and_cuda_give_zero_for_an_index_out_of_range(gpu_backend):
     _, indices, W, _ = problem(4, 30, 90, 11, torch.float32, device_of(gpu_backend))
     grad = randn(4, 30, seed=7).to(W.device)
+    grad[1, 3] = float("inf")  # times the 0 of an absent row: not NaN
     expected = ops.sparse_grad_values(grad, indices, W)
     indices[1, 2:6] = torch.tensor([-1, 90, 2**31 - 1, -(2**31)], device=W.device)
     expected[1, 2:6] = 0
     assert torch.equal(ops.sparse_grad_values(grad, indices, W), expected)
+    assert expected[1].isinf().sum() == 7
 
 
 @pytest.mark.parametrize("bad", [-1, 90, 2**33])
