@@ -184,6 +184,14 @@ def test_sampling_depends_on_the_seed_and_not_on_the_others(service):
     assert len({tuple(t) for t in many}) == 4
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 1e-50, 5e-324])
+def test_however_small_top_p_is_the_likeliest_token_stays(service, top_p):
+    readers = [Reader(), Reader()]
+    for reader, how in zip(readers, (Sampling(1.0, top_p, 1), GREEDY)):
+        service.engine.submit(service.encode("import "), reader, sampling=how, max_tokens=8)
+    assert readers[0].wait().tokens == readers[1].wait().tokens
+
+
 def test_a_changed_program_acts_from_the_next_token_on(service):
     strong = [clamp(5, 6.0, unit="max")]
     before = alone(service, "import os\n", None, 40)

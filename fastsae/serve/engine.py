@@ -373,11 +373,12 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     if drawn:
         how = [rows[i].sampling for i in drawn]
         heat = torch.tensor([max(s.temperature, 1e-4) for s in how], device=logits.device)
-        top_p = torch.tensor([s.top_p for s in how], device=logits.device)
+        # in fp32 a tiny top_p would be 0, which cuts the likeliest token too
+        top_p = torch.tensor([s.top_p for s in how], dtype=torch.double, device=logits.device)
         scaled = (logits[drawn] / heat[:, None]).double()
         best, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = best.cumsum(-1) - best
-        best = best * (before < top_p[:, None])  # the likeliest one always stays
+        best = best * (before < top_p[:, None])  # the likeliest one always stays: top_p > 0
         total = best.cumsum(-1)
         u = torch.stack([torch.rand((), generator=rows[i].generator) for i in drawn]).double()
         at = (total <= (u.to(total.device) * total[:, -1])[:, None]).sum(-1)
