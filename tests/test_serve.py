@@ -518,6 +518,26 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
         ({"prompt": "x", "steer": [{"latent": 1, "vlaue": 1}]}, 400, "vlaue"),
         ({"prompt": "x", "steer": [{"latent": 1, "op": "exec", "value": 1}]}, 400, "op"),
         ({"prompt": "x", "steer": [{"latent": 1, "value": 1}] * 33}, 400, "32"),
+        (
+            {
+                "prompt": "x",
+                "steer": [{"latent": 1, "value": 1, "when": {"latent": 2, "abvoe": 5}}],
+            },
+            400,
+            "abvoe",
+        ),
+        ({"prompt": "x", "logit_bias": {"50": 100}}, 400, "logit_bias: not supported here"),
+        ({"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"prompt": "x", "frequency_penalty": -1}, 400, "frequency_penalty"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"prompt": "x", "tools": [{}]}, 400, "tools"),
+        ({"prompt": "x", "functions": [{"name": "f"}]}, 400, "functions"),
+        ({"prompt": "x", "tool_choice": "required"}, 400, "tool_choice"),
+        ({"prompt": "x", "top_logprobs": 3}, 400, "top_logprobs"),
+        ({"prompt": "x", "stream": True, "stream_options": {"include_usage": "no"}}, 400, "usage"),
+        ({"prompt": "x", "stop": ""}, 400, "at least 1 character"),
+        ({"prompt": []}, 400, "at least 1 item"),
+        ({"prompt": [5, -1]}, 400, "greater than or equal to 0"),
         ({"prompt": "y" * 30_000}, 413, "larger than 20000"),
     ],
     ids=lambda v: str(v)[:40],
@@ -530,6 +550,27 @@ def test_refused_with_a_reason(server, body, status, reason):
     )  # fmt: skip
     assert answer.status_code == status, answer.text
     assert reason in answer.json()["error"]["message"]
+
+
+def test_fields_that_change_nothing_are_taken(server):
+    """What clients send by default, or send to no effect."""
+    neutral = {
+        "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [],
+        "response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": None,
+        "functions": None, "user": "somebody", "service_tier": "auto", "store": False,
+        "stream_options": None,
+    }  # fmt: skip
+    ask = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = httpx.post(server.url + path, json={**ask, **neutral})
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_chat_says_which_part_is_wrong(server):
+    part = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    answer = httpx.post(server.url + "/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and "'text'" in answer.json()["error"]["message"]
 
 
 def test_malformed_bodies(server):

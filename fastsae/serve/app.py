@@ -40,7 +40,9 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        # of a union's branches the one whose type is right says what is wrong
+        errors = error.errors()
+        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
         where = ".".join(str(p) for p in first.get("loc", ())[1:])
         return _error(400, f"{where}: {first.get('msg')}" if where else str(first.get("msg")))
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from .. import steer
 from ..steer.operations import Operation
@@ -53,8 +61,10 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class When(_Model):
+class When(BaseModel):
     """Acts only where this latent's activation exceeds `above`."""
+
+    model_config = ConfigDict(extra="forbid")
 
     latent: Latent
     above: Finite = 0.0
@@ -103,7 +113,27 @@ class Sampled(_Model):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
 
+# Fields of the OpenAI API that would change the answer, and their values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class StreamOptions(_Model):
+    include_usage: StrictBool | None = False
 
 
 class Generation(Sampled):
@@ -114,7 +144,16 @@ class Generation(Sampled):
     n: Annotated[int, Field(ge=1)] | None = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: StrictBool | None = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        for name, neutral in _UNSUPPORTED.items():
+            given = data.get(name) if isinstance(data, dict) else None
+            if given is not None and given not in neutral:
+                raise ValueError(f"{name}: not supported here")
+        return data
 
     @property
     def stops(self) -> list[str]:
@@ -122,7 +161,7 @@ class Generation(Sampled):
 
     @property
     def wants_usage(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 _Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
@@ -132,8 +171,6 @@ class CompletionRequest(Generation):
     prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)]
     echo: StrictBool | None = False
     logprobs: None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -178,7 +215,6 @@ class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class PageRequest(Sampled):
