@@ -1006,6 +1006,21 @@ def test_ctrl_c_ends_streams_and_the_server(folder, tmp_path):
         process.kill()
 
 
+@pytest.mark.parametrize("token", ["s3cret", "a+b&c%41#d/=?"])
+@pytest.mark.parametrize(
+    "host,name",
+    [("127.0.0.1", "localhost"), ("::1", "localhost"), ("::", "[::]"), ("10.0.0.5", "10.0.0.5")],
+)
+def test_the_address_that_is_printed_opens_the_page(host, name, token):
+    from urllib.parse import parse_qs, urlsplit  # as the page reads it, by URLSearchParams
+
+    from fastsae.cli.serve import address
+
+    page = urlsplit(address(host, 8000, "/", token))
+    assert page.netloc == f"{name}:8000" and parse_qs(page.fragment)["token"] == [token]
+    assert address(host, 8000, "/v1") == f"http://{name}:8000/v1"
+
+
 def test_command_line_says_what_is_wrong(folder, tmp_path):
     from typer.testing import CliRunner
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import typer
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..serve.protocol import Limits
     from ..serve.service import Service
 
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 _READOUT = 1 << 28  # elements up to which latents are described by what they promote
 
 
@@ -55,13 +57,12 @@ def serve(
         seconds=seconds,
     )  # fmt: skip
     service = load_service(sae, model, layer, hook, device, limits)
-    local = host in ("127.0.0.1", "localhost", "::1")
+    local = host in _LOCAL
     app = create_app(service, token=token, hosts=LOOPBACK if local else None)
     if not local and token is None:
         typer.echo(f"anyone who reaches {host} can use this server: --token limits that", err=True)
-    shown = "localhost" if local else host
-    typer.echo(f"{service.name} at http://{shown}:{port}/{'#token=' + token if token else ''}")
-    typer.echo(f"OpenAI clients: base_url http://{shown}:{port}/v1   (stop with Ctrl+C)")
+    typer.echo(f"{service.name} at {address(host, port, '/', token)}")
+    typer.echo(f"OpenAI clients: base_url {address(host, port, '/v1')}   (stop with Ctrl+C)")
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -76,6 +77,12 @@ def serve(
         )
     ).run()  # fmt: skip
     service.engine.close()
+
+
+def address(host: str, port: int, path: str, token: str | None = None) -> str:
+    """What to open; the token in the fragment, which a browser sends to nobody."""
+    name = "localhost" if host in _LOCAL else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}{path}" + (f"#token={quote(token, safe='')}" if token else "")
 
 
 def load_service(
