@@ -967,6 +967,26 @@ def test_the_page_in_a_browser(service, tmp_path):
             written = service.tokenizer.decode(tokens, skip_special_tokens=True)
             assert text[side] == "import os\n" + written
         assert text["before"] != text["after"]
+        browser.run(  # moved before the server has said what this text is called
+            "delete document.body.dataset.done; document.getElementById('tokens').value = 96;"
+            "document.getElementById('write').click();"
+            "const s = document.querySelector('#edits input'); s.value = 0;"
+            "s.dispatchEvent(new Event('input'));"
+        )
+        browser.until("document.body.dataset.done === '1'")
+        tokens = alone(service, "import os\n", program, 96)
+        unmoved = service.tokenizer.decode(tokens, skip_special_tokens=True)
+        written = browser.run("document.getElementById('after').textContent")
+        assert written != "import os\n" + unmoved
+        shot = browser.call("Page.captureScreenshot", format="png")["data"]
+        browser.call(
+            "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1,
+            mobile=True,
+        )  # fmt: skip
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        top = "document.getElementById('before').getBoundingClientRect().top"
+        bottom = "document.querySelector('#edits input').getBoundingClientRect().bottom"
+        assert browser.run(f"{bottom} - {top}") < 844  # the texts, and the slider that changes them
         shot = browser.call("Page.captureScreenshot", format="png")["data"]
         assert len(shot) > 20_000
         import base64
