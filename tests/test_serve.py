@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -802,6 +803,13 @@ def test_the_page_is_closed_off(server):
     for text in ("http://", "https://", "innerHTML", "eval("):
         assert text not in answer.text
     assert httpx.get(server.url + "/").headers["content-security-policy"] != policy
+
+
+def test_the_api_describes_itself_without_a_warning(service):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = create_app(service).openapi()["paths"]
+    assert "/v1/chat/completions" in paths and "/" not in paths
 
 
 def test_latents_are_found_by_number_and_word(server, service):

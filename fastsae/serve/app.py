@@ -35,7 +35,7 @@ def create_app(
 ) -> Any:
     """The ASGI application. `hosts` and `token` as in `Guard`."""
     app = FastAPI(title="fastsae serve", docs_url=None, redoc_url=None)
-    page = _PAGE.read_text()
+    page = _PAGE.read_text(encoding="utf-8")
     chats: dict[str, Job] = {}
 
     @app.exception_handler(RequestValidationError)
@@ -62,7 +62,7 @@ def create_app(
 
     # -- the page ---------------------------------------------------------------------------------
 
-    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         nonce = secrets.token_urlsafe(16)
         policy = (

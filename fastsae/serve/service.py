@@ -268,7 +268,7 @@ def _seed(seed: int) -> int:
 def labels_of(report: Path) -> dict[int, list[str]]:
     """What a quickstart's report says that its latents fire on and promote; {} when unreadable."""
     try:
-        features = json.loads(report.read_text())["features"]
+        features = json.loads(report.read_text(encoding="utf-8"))["features"]
         return {
             int(f["index"]): [t for t, _ in [*f["fires_on"][:3], *f["promotes"][:4]]]
             for f in features
