@@ -70,6 +70,7 @@ CASES = {
     "topk_encode chunked bf16 scaled": lambda kind: encode(kind, "chunked", torch.bfloat16, True),
     "topk_encode bounded": lambda kind: encode(kind, "bounded"),
     "topk_encode fused": lambda kind: encode(kind, "fused", torch.bfloat16),
+    "topk_encode fp8": lambda kind: encode(kind, "fp8"),
     "topk_member": lambda kind: (*encoder(kind), indices(kind), K, None, True, None, None),
     "sparse_decode": lambda kind: (floats(kind, N, K), indices(kind), randn(F, D), randn(D)),
     "sparse_grad_values": lambda kind: (floats(kind, N, D), indices(kind), randn(F, D)),

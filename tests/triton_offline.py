@@ -26,8 +26,10 @@ from typing import Any
 
 KERNELS = Path(__file__).parent.parent / "triton_kernels"
 # Shared memory that one block may have, in bytes.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-_TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA")
+SHARED_LIMIT = {
+    "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
+}  # fmt: skip
+_TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QMMA|QGMMA|UTC\w*MMA")
 
 
 def modules() -> list[str]:
@@ -104,6 +106,7 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "tensor": dict(_families(ops, _TENSOR)),
         "tma": sum(n for op, n in ops.items() if op.startswith("UTMALDG")),
+        "adds": len(re.findall(r"\badd\.(?:rn\.)?f32", ptx)),
         # vector width of global loads, in bits: narrow ones are where bandwidth is lost
         "loads": dict(Counter({_width(op): n for op, n in ops.items() if op.startswith("LDG")})),
         "notes": [line for line in log.splitlines() if "serializ" in line.lower()],

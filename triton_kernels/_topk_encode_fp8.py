@@ -26,15 +26,14 @@ from ._configuration import Configuration
 from ._topk_encode_bounds import BoundedKeys
 
 SIGMAS = 2.0
-# The first with TMA. Before it descriptors become loads of single bytes, and the product spills.
-CAPABILITY = (9, 0)
+CAPABILITY = (8, 9)  # the first with tensor cores for e4m3
+_TMA_CAPABILITY = (9, 0)  # before it descriptors become loads of single bytes, and registers spill
 _EPS = tl.constexpr(2.0**-20)
-# Hopper's tensor cores keep some 13 bits of a sum of fp8 products. Sums are taken over 128 places
-# at a time and added in fp32: four steps each, of at most 2^-13 of |x| |w| over those places.
-_INEXACT = tl.constexpr(128)
+# Hopper's tensor cores keep some 13 bits of a sum of fp8 products. Sums over BLOCK_D places at a
+# time are added in fp32: four steps each, of at most 2^-13 of |x| |w| over those places.
 ACCUMULATION = 2.0**-11
 _BLOCK_N, _BLOCK_F, _BLOCK_D = 128, 128, 128
-_TARGETS = ("sm_90", "sm_100")
+_TARGETS = ("sm_89", "sm_90", "sm_100")
 
 
 @triton.jit
@@ -97,8 +96,8 @@ def _fp8_rows_kernel(
 
 @triton.jit
 def _fp8_product_kernel(
-    x,  # [R, D] descriptor of codes
-    W,  # [C, D] descriptor of codes
+    x,  # [R, D] codes: a descriptor with TMA, else a pointer
+    W,  # [C, D] the same
     x_units_ptr,  # [R]
     W_units_ptr,  # [C]
     scores_ptr,  # [R, C] fp32, row stride `stride`
@@ -109,14 +108,22 @@ def _fp8_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     first_row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_F
-    acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        acc = tl.dot(
-            x.load([first_row, d]), W.load([first, d]).T, acc, max_num_imprecise_acc=_INEXACT
-        )
     row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_F)
+    acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if TMA:
+            x_codes, W_codes = x.load([first_row, start]), W.load([first, start]).T
+        else:
+            d = start + tl.arange(0, BLOCK_D)
+            x_at = x + row.to(tl.int64)[:, None] * D + d[None, :]
+            W_at = W + column.to(tl.int64)[None, :] * D + d[:, None]
+            x_codes = tl.load(x_at, mask=(row[:, None] < R) & (d[None, :] < D), other=0.0)
+            W_codes = tl.load(W_at, mask=(column[None, :] < C) & (d[:, None] < D), other=0.0)
+        # with this argument the compiler leaves the sum outside of the product's accumulator
+        acc += tl.dot(x_codes, W_codes, max_num_imprecise_acc=BLOCK_D)
     acc *= tl.load(x_units_ptr + row, mask=row < R, other=0.0)[:, None]
     acc *= tl.load(W_units_ptr + column, mask=column < C, other=0.0)[None, :]
     at = scores_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -144,13 +151,15 @@ class Fp8Rows:
         return TensorDescriptor.from_tensor(self.codes, [block, _BLOCK_D])
 
 
-def fp8_product(x: Fp8Rows, W: Fp8Rows, scores: torch.Tensor) -> None:
-    """scores [R, C] of the codes, scaled back."""
+def fp8_product(x: Fp8Rows, W: Fp8Rows, scores: torch.Tensor, tma: bool | None = None) -> None:
+    """scores [R, C] of the codes, scaled back. tma: for tests; None asks the device."""
     rows, columns = scores.shape
+    if tma is None:
+        tma = not scores.is_cuda or torch.cuda.get_device_capability() >= _TMA_CAPABILITY
     _fp8_product_kernel[(triton.cdiv(rows, _BLOCK_N), triton.cdiv(columns, _BLOCK_F))](
-        x.tiles(_BLOCK_N), W.tiles(_BLOCK_F), x.units, W.units, scores,
-        rows, columns, x.codes.shape[1], scores.stride(0),
-        BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D, num_warps=8, num_stages=3,
+        x.tiles(_BLOCK_N) if tma else x.codes, W.tiles(_BLOCK_F) if tma else W.codes,
+        x.units, W.units, scores, rows, columns, x.codes.shape[1], scores.stride(0),
+        BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D, TMA=tma, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 
@@ -173,12 +182,12 @@ def unavailable(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPUs have another fp8 format"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than sm_90"
+        return f"{torch.cuda.get_device_name(device)} is older than sm_89"
     return None
 
 
 def configurations() -> list[Configuration]:
-    """Rows of each dtype; the product."""
+    """Rows of each dtype; the product with TMA and without."""
     result = []
     for pointer in POINTERS.values():
         signature = dict(
@@ -190,17 +199,25 @@ def configurations() -> list[Configuration]:
                 _fp8_rows_kernel, pointer[1:], signature, dict(BLOCK_D=1024), targets=_TARGETS
             )
         )
-    signature = dict(
-        x=f"tensordesc<fp8e4nv[{_BLOCK_N},{_BLOCK_D}]>",
-        W=f"tensordesc<fp8e4nv[{_BLOCK_F},{_BLOCK_D}]>",
-        x_units_ptr="*fp32", W_units_ptr="*fp32", scores_ptr="*fp32",
-        R="i32", C="i32", D="i32:16", stride="i32:16",
-    )  # fmt: skip
     tile = dict(BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D)
-    result.append(
-        Configuration(
-            _fp8_product_kernel, "e4m3", signature, tile, 8, 3, tensor_cores=True, tma=True,
-            targets=_TARGETS,
+    for tma in (True, False):
+        signature = dict(
+            x=f"tensordesc<fp8e4nv[{_BLOCK_N},{_BLOCK_D}]>" if tma else "*fp8e4nv",
+            W=f"tensordesc<fp8e4nv[{_BLOCK_F},{_BLOCK_D}]>" if tma else "*fp8e4nv",
+            x_units_ptr="*fp32", W_units_ptr="*fp32", scores_ptr="*fp32",
+            R="i32", C="i32", D="i32:16", stride="i32:16",
+        )  # fmt: skip
+        result.append(
+            Configuration(
+                _fp8_product_kernel,
+                "e4m3" if tma else "e4m3 no TMA",
+                signature,
+                tile | dict(TMA=tma),
+                8,
+                3,
+                tensor_cores=True,
+                tma=tma,
+                targets=_TARGETS[1:] if tma else _TARGETS[:1],
+            )
         )
-    )  # fmt: skip
     return result

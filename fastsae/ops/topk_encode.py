@@ -44,7 +44,7 @@ def topk_encode(
             norms); the returned values are not scaled. It gets no gradient.
         latents: [M] integer or None. Only these latents compete (k <= M); the indices returned are
             still those of W_enc. Their M rows are gathered.
-        filter: "exact", or "fp8" on a GPU of sm_90 or later through Triton,
+        filter: "exact", or "fp8" on a GPU of sm_89 or later through Triton,
             for k up to 1024: products of fp8 copies choose candidates by a margin of 2 standard
             deviations of independent roundings, bounded from above, which are then scored in fp32.
             Values and order are exact; a latent can be missed. Emulated
