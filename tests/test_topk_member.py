@@ -224,12 +224,41 @@ def test_leading_dimensions_strides_and_empty(backend):
     assert ops.topk_member(x, w, b, latents[:, :0], 9).shape == (6, 0)
 
 
+def bounded(x, w, level):
+    """Is the screened answer about each latent being the best that of the scores themselves?"""
+    latents = every_latent(len(x), len(w))
+    torch.ops.fastsae._set_cpu_level(level)
+    try:
+        plain = ops.topk_member(x, w, None, latents, 1)
+        return torch.equal(ops.topk_member(x, w, None, latents, 1, screen=ops.topk_screen(w)), plain)
+    finally:
+        torch.ops.fastsae._set_cpu_level("auto")
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_the_screen_of_a_subnormal_token(level):
+    """|x| = 2^0.5 * 2^-149 is no fp32: rounded down it is 0.7 of itself."""
+    x, w = torch.full((1, 2), 2.0**-149), torch.tensor([[1.8, 0.0], [1.0, 1.0]]) * 2.0**59
+    assert bounded(x, w, level)
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_the_screen_of_sums_that_overflow_before_they_cancel(level):
+    """inf - inf: NaN ranks first, and the codes see a 0."""
+    x, w = torch.full((1, 2), 10.0), torch.tensor([[1e36, 0], [1e38, -1e38], [0, 2e36]])
+    assert ops.topk_member(x, w, None, every_latent(1, 3), 1).tolist() == [
+        [False, False, True, False]
+    ]
+    assert bounded(x, w, level)
+
+
 def test_bad_input_is_refused(backend):
     device = device_of(backend)
     x, w, b = (t.to(device) for t in whole(2, 8, 20))
     ok = torch.zeros(2, 1, dtype=torch.int32, device=device)
     codes, bounds = ops.topk_screen(w)
     for error, match, args, options in (
+        (ValueError, "D >= 1", (x[:, :0], w[:, :0], b, ok, 3), {}),
         (ValueError, "k must lie", (x, w, b, ok, 0), {}),
         (ValueError, "k must lie", (x, w, b, ok, 21), {}),
         (ValueError, "leading dimensions", (x, w, b, ok[:1], 3), {}),

@@ -356,7 +356,8 @@ Tensor topk_member_cpu(const Tensor& x, const Tensor& W_enc, const std::optional
                        bool positive, const std::optional<Tensor>& codes,
                        const std::optional<Tensor>& bounds) {
   const int64_t D = x.size(-1), F = W_enc.size(0), P = latents.size(0), J = latents.size(1);
-  const int64_t N = D ? x.numel() / D : P;
+  STD_TORCH_CHECK(D > 0, kOp, ": no columns");
+  const int64_t N = x.numel() / D;
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(x.is_contiguous() && x.is_cpu(), kOp, ": x must be a contiguous CPU tensor");
   check_tensor(kOp, "W_enc", W_enc, {F, D}, dtype);

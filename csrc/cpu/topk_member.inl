@@ -271,7 +271,7 @@ static void quantise(const float* x, int64_t d, int16_t* q, Quantised* out) {
   out->norm *= 1 + 0x1p-20f;
   if (!known || coarse) {
     std::memset(q, 0, d * sizeof(*q));
-    out->off = out->norm;
+    out->off = out->norm + 0x1p-120f;  // a subnormal norm may have been rounded down
     return;
   }
   for (i = 0; i + kWide <= d; i += kWide) {

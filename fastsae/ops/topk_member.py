@@ -21,6 +21,7 @@ _OP = "topk_member"
 _COUNTS = {"reference": 48, "triton": 16, "cuda": 16}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
 _PARTS = 254  # of a step: what the second codes count
+_LARGEST = 2.0**60  # rows whose fp32 sums cannot overflow before they cancel; of x too, in C++
 
 
 def topk_member(
@@ -171,11 +172,11 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         codes [2, F, D] int8 and bounds [4, F] fp32: step, margin, fine, and size, which is at least
-        the norm of either approximation. A row that is not finite has margins inf: it is always
-        scored from W_enc.
+        the norm of either approximation. A row that is not finite or larger than 2^60 has margins
+        inf: it is always scored from W_enc.
     """
     _common.check_floats(_OP, W_enc=W_enc)
-    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    _check_weights(W_enc)
     if W_enc.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 weights need none")
     F, D = W_enc.shape
@@ -184,7 +185,7 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rounding = 2.0 * (D + 32) * 2.0**-23
     for i in range(0, F, _SCREEN_ROWS):
         w = W_enc.detach()[i : i + _SCREEN_ROWS].double()
-        step = (w.abs().amax(1) / 127).to(torch.float32) if D else w.new_zeros(len(w)).float()
+        step = (w.abs().amax(1) / 127).to(torch.float32)
         exact_step = step.double()[:, None]
         unit = exact_step.clamp(min=2.0**-149)
         code = (w / unit).round().clamp(-127, 127).nan_to_num(0.0)
@@ -192,19 +193,26 @@ def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rest = (left / unit * _PARTS).round().clamp(-127, 127).nan_to_num(0.0)
         finer = left - rest * exact_step / _PARTS
         norm, off, fine_off = w.norm(dim=1), left.norm(dim=1), finer.norm(dim=1)
+        size = norm + off + fine_off
 
-        def up(bound: torch.Tensor) -> torch.Tensor:
+        def up(bound: torch.Tensor, known: torch.Tensor = size <= _LARGEST) -> torch.Tensor:
             # tiny rows: squares that underflow in fp32 scores, steps that are subnormal
             bound = (bound * (1 + 2.0**-20)).to(torch.float32)
-            return torch.where(bound.isfinite(), bound * (1 + 2.0**-20) + 2.0**-100, torch.inf)
+            return torch.where(known, bound * (1 + 2.0**-20) + 2.0**-100, torch.inf)
 
         rows = slice(i, i + len(w))
         codes[0, rows], codes[1, rows] = code.to(torch.int8), rest.to(torch.int8)
         bounds[0, rows] = step.nan_to_num(0.0, 0.0, 0.0)
         bounds[1, rows] = up(off + rounding * (norm + off))
         bounds[2, rows] = up(fine_off + rounding * (norm + off))
-        bounds[3, rows] = up(norm + off + fine_off)
+        bounds[3, rows] = up(size)
     return codes, bounds
+
+
+def _check_weights(W_enc: torch.Tensor) -> None:
+    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    if W_enc.shape[1] == 0:
+        raise ValueError(f"{_OP}: W_enc must have D >= 1, got {_common.shape(W_enc)}")
 
 
 def _check(
@@ -219,7 +227,7 @@ def _check(
     bounds: torch.Tensor | None = None,
 ) -> None:
     _common.check_floats(_OP, x=x, W_enc=W_enc, b_enc=b_enc, rank_scale=rank_scale)
-    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
+    _check_weights(W_enc)
     F, D = W_enc.shape
     _common.check_last(_OP, "x", x, D, "D")
     _common.check_vector(_OP, "b_enc", b_enc, F, "F")
