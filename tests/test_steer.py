@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_close, generator, randn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import fastsae
 from fastsae import _library, ops
@@ -185,6 +186,17 @@ def test_gradcheck(norm):
     )
 
 
+def test_forward_mode_is_refused(backend):
+    """Its tangents would be dropped."""
+    table, slots = tables(2, 3, 8, torch.float32), torch.tensor([0, 1]).int()
+    x = randn(2, 4, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        for run in (lambda: call(dual, table, slots), lambda: Prepared(*table, slots)(dual)):
+            with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+                run()
+
+
 def test_opcheck_and_double_backward():
     x = randn(2, 3, 6, seed=1).requires_grad_()
     enc, dec, param, code = tables(2, 4, 6, torch.float32)
@@ -313,7 +325,44 @@ class TestAtOnce:
         torch.func.grad(lambda t: wrapped.append(made.at_once(t)) or t.sum())(x)
         torch.func.functionalize(lambda t: wrapped.append(made.at_once(t)) or t.clone())(x)
         assert wrapped == [None] * 3
+        with forward_ad.dual_level():
+            assert made.at_once(forward_ad.make_dual(x, x)) is None
+        torch.jit.trace(lambda t: wrapped.append(made.at_once(t)) or t, x, check_trace=False)
+        assert wrapped[3:] == [None]
         assert Prepared(*table, slots, "layer_norm", 1e-5, selection, wanted).at_once(x) is None
+
+    @pytest.mark.parametrize("moved", ["the tables", "the weights"])
+    def test_shared_memory_is_other_memory(self, moved):
+        made, table, slots, selection, wanted, centre = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        table[2][..., 1] = -torch.inf
+        table[3].copy_(torch.tensor([rules.CLAMP, rules.MEMBER | rules.SIGNED, -1]))
+        before = made.at_once(x)
+        w, b, _ = selection.weights
+        for t in (*table, slots, wanted) if moved == "the tables" else (w, b, centre):
+            t.share_memory_()
+        (table[2] if moved == "the tables" else b).mul_(-2)
+        want = call(x, table, slots, None, selection(x - centre, wanted))
+        assert torch.equal(made.at_once(x), want) and not torch.equal(want, before)
+
+    def test_replaced_memory_is_kept(self):
+        made, table, *_ = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        before = made.at_once(x)
+        sizes = [t.numel() * t.element_size() for t in table]
+        for t in table:
+            t.data = torch.zeros_like(t)
+        # memory that was freed would be these tensors' now
+        _ = [torch.full((n,), 77, dtype=torch.uint8) for n in sizes for _ in range(8)]
+        assert torch.equal(made.at_once(x), before)
+
+    def test_memory_of_other_kinds_is_not_pointed_into(self):
+        _, table, slots, selection, wanted, centre = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        for args in ((selection, wanted.to("meta")), (selection, wanted, centre.to("meta"))):
+            assert Prepared(*table, slots, "none", 1e-5, *args).at_once(x) is None
+        turned = Prepared(torch._neg_view(-table[0]), *table[1:], slots)
+        assert turned.at_once(x) is None and torch.equal(turned(x), call(x, table, slots))
 
     def test_many_tokens_are_left_to_selecting(self):
         """And up to there those that all fire are counted to the end."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastsae
 from fastsae import _dispatch, ops, reference
-from fastsae.ops.topk_member import Prepared
+from fastsae.ops.topk_member import Prepared, version_of
 
 CPU_LEVELS = (
     torch.ops.fastsae._cpu_levels().split()
@@ -230,7 +230,9 @@ def bounded(x, w, level):
     torch.ops.fastsae._set_cpu_level(level)
     try:
         plain = ops.topk_member(x, w, None, latents, 1)
-        return torch.equal(ops.topk_member(x, w, None, latents, 1, screen=ops.topk_screen(w)), plain)
+        return torch.equal(
+            ops.topk_member(x, w, None, latents, 1, screen=ops.topk_screen(w)), plain
+        )
     finally:
         torch.ops.fastsae._set_cpu_level("auto")
 
@@ -301,3 +303,17 @@ def test_opcheck_and_compile():
         lambda x: ops.topk_member(x, w, b, latents, 4), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(x), ops.topk_member(x, w, b, latents, 4))
+
+
+def test_other_memory_is_another_version():
+    weight = torch.nn.Parameter(torch.zeros(3, 4))
+    known = [version_of(weight)]
+    for change in (
+        lambda: weight.data.copy_(weight),  # not seen: `.data` counts its own writes
+        lambda: setattr(weight, "data", torch.zeros(3, 4)),
+        lambda: weight.detach().add_(1),
+        lambda: weight.share_memory_(),
+    ):
+        change()
+        known.append(version_of(weight))
+    assert known[1] == known[0] and len(set(known)) == 4

@@ -23,15 +23,17 @@ T* pointer(long long address) {
 
 void drop_site(PyObject* capsule) {
   delete static_cast<SteerSite*>(PyCapsule_GetPointer(capsule, kSite));
+  Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
 }
 
 PyObject* make_site(PyObject*, PyObject* args) {
   long long dtype, enc, dec, param, code, slots, S, O, D, B, norm;
   long long wanted, centre, w, bias, scale, codes, bounds, F, k, positive;
   double eps;
-  if (!PyArg_ParseTuple(args, "LLLLLLLLLLLdLLLLLLLLLL", &dtype, &enc, &dec, &param, &code, &slots,
+  PyObject* kept;  // whatever holds the memory that is pointed into
+  if (!PyArg_ParseTuple(args, "LLLLLLLLLLLdLLLLLLLLLLO", &dtype, &enc, &dec, &param, &code, &slots,
                         &S, &O, &D, &B, &norm, &eps, &wanted, &centre, &w, &bias, &scale, &codes,
-                        &bounds, &F, &k, &positive)) {
+                        &bounds, &F, &k, &positive, &kept)) {
     return nullptr;
   }
   auto* site =
@@ -51,7 +53,13 @@ PyObject* make_site(PyObject*, PyObject* args) {
                     pointer<void>(centre),
                     {pointer<void>(w), pointer<void>(bias), pointer<void>(scale),
                      pointer<int8_t>(codes), pointer<float>(bounds), D, F, k, positive != 0}};
-  return PyCapsule_New(site, kSite, drop_site);
+  PyObject* capsule = PyCapsule_New(site, kSite, drop_site);
+  if (!capsule) {
+    delete site;
+  } else if (!PyCapsule_SetContext(capsule, kept)) {
+    Py_INCREF(kept);
+  }
+  return capsule;
 }
 
 PyObject* steer(PyObject*, PyObject* const* args, Py_ssize_t n) {

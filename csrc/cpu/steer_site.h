@@ -1,6 +1,5 @@
 // A place in a model that is steered: the tables of `steer`, and the SAE whose k best decide where
-// an entry needs that. Checked once, by Python; pointers stay valid as long as Python keeps the
-// tensors.
+// an entry needs that. Checked once, by Python, whose object of it keeps what is pointed into.
 #pragma once
 
 #include "cpu/topk_member.h"

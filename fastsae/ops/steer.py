@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _dispatch, _library
 from .._steer_codes import NORMS
@@ -83,6 +84,7 @@ def steer(
     Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity"; `constant_norm` and
     `layer_norm` as SAELens normalises activations.
     """
+    _common.refuse_transforms(_OP, x, enc, dec, param)
     if _common.unobserved(x, enc, dec, param):
         return _run(x, enc, dec, param, code, slots, mask, member, norm, eps)
     out: torch.Tensor = torch.ops.fastsae.steer(
@@ -104,6 +106,7 @@ def steer_(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """`steer` in place: x is contiguous and needs no gradient. Returns x."""
+    _common.refuse_transforms(_OP, x, enc, dec, param)
     torch.ops.fastsae.steer_(x, enc, dec, param, code, slots, mask, member, norm, eps)
     return x
 
@@ -154,7 +157,8 @@ class Prepared:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process and to these tensors' addresses."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_kernel", "_site", "_backend")}
+        own = ("_kernel", "_site", "_backend", "_movable", "_addresses")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -164,38 +168,46 @@ class Prepared:
         """What the C++ library keeps of all this; None where it cannot serve."""
         functions, selection = _library.CPU_FUNCTIONS, self.selection
         enc, *_, slots = self._tables
-        ops = (_OP,) if selection is None else (_OP, "topk_member")
+        if self._centre is not None:
+            self._centre = self._centre.detach().contiguous()
+        ops, tensors, numbers = [_OP], (*self._tables, *[None] * 7), (0, 0, 0)
+        if selection is not None:
+            W_enc, *_ = weights = selection.weights
+            wanted, centre = self._wanted, self._centre
+            fits = (
+                self._norm == "none"
+                and W_enc.dtype == enc.dtype
+                and W_enc.shape[1] == enc.shape[2]
+                and wanted is not None
+                and wanted.shape == (len(slots), enc.shape[1])
+                and wanted.dtype == torch.int32
+                and wanted.is_contiguous()
+                and (centre is None or centre.dtype == enc.dtype)
+                and (centre is None or centre.shape == enc.shape[2:])
+            )
+            if not fits:
+                return None
+            ops.append("topk_member")
+            screen = selection.screen or (None, None)
+            tensors = (*self._tables, wanted, centre, *weights, *screen)
+            numbers = (len(W_enc), selection.k, selection.positive)
+        given = [t for t in tensors if t is not None]
         if (
             functions is None
             or not len(slots)
+            or any(t.device != enc.device or t.is_neg() for t in given)
             or any(_dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops)
         ):
             return None
-        tables = (t.data_ptr() for t in self._tables)
+        # The site keeps aliases, whose memory no `.data = ...` takes away. share_memory_ moves it, of
+        # all tables or of the whole SAE at once: two addresses tell.
+        kept = [t.detach() for t in given]
+        self._movable = kept[0], kept[0] if selection is None else selection.weights[0]
+        self._addresses = [t.data_ptr() for t in self._movable]
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
         sizes = (*enc.shape, len(slots), self._code, self._eps)
-        if selection is None:
-            return functions.make_site(_SCALAR_TYPES[enc.dtype], *tables, *sizes, *[0] * 10)
-        W_enc, b_enc, rank_scale = selection.weights
-        wanted, centre = self._wanted, self._centre
-        fits = (
-            self._norm == "none"
-            and W_enc.dtype == enc.dtype
-            and W_enc.shape[1] == enc.shape[2]
-            and wanted is not None
-            and wanted.shape == (len(slots), enc.shape[1])
-            and wanted.dtype == torch.int32
-            and wanted.is_contiguous()
-        )
-        if centre is not None:
-            fits &= centre.dtype == enc.dtype and centre.shape == enc.shape[2:]
-            self._centre = centre = centre.detach().contiguous()
-        if not fits:
-            return None
-        weights = (wanted, centre, W_enc, b_enc, rank_scale, *(selection.screen or (None, None)))
-        pointers = (0 if t is None else t.data_ptr() for t in weights)
-        size, k, positive = len(W_enc), selection.k, selection.positive
         return functions.make_site(
-            _SCALAR_TYPES[enc.dtype], *tables, *sizes, *pointers, size, k, positive
+            _SCALAR_TYPES[enc.dtype], *pointers[:5], *sizes, *pointers[5:], *numbers, kept
         )
 
     def at_once(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -206,6 +218,7 @@ class Prepared:
         """
         if (
             self._site is None
+            or torch._C._is_tracing()
             or type(x) not in _common.PLAIN
             or x.dtype is not self._dtype
             or not x.is_contiguous()
@@ -216,6 +229,7 @@ class Prepared:
             or x.get_device() != self._device
             or x.is_neg()
             or torch._C._len_torch_dispatch_stack()
+            or forward_ad._current_level >= 0
             or _dispatch.forced() is not self._backend
             or not (mask is None or self._flags(mask, x.shape[:-1]))
         ):
@@ -226,6 +240,9 @@ class Prepared:
             return None
         if not data:  # no tokens
             return None
+        table, weights = self._movable
+        if table.data_ptr() != self._addresses[0] or weights.data_ptr() != self._addresses[1]:
+            self._site = self._made_site()
         out = torch.empty_like(x)
         flags = 0 if mask is None else mask.data_ptr()
         tokens = x.numel() // self._width
@@ -241,6 +258,7 @@ class Prepared:
         enc, dec, param, code, slots = self._tables
         if not (
             _common.unobserved(x)
+            and forward_ad._current_level < 0
             and x.dtype is self._dtype
             and x.get_device() == self._device
             and x.is_contiguous()

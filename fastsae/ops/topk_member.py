@@ -140,9 +140,10 @@ class Prepared:
         return out.view(*shape[:-1], -1) if len(shape) > 2 else out
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Changes when the tensor is written to (inference tensors do not count that)."""
-    return 0 if tensor.is_inference() else tensor._version
+def version_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written to (inference tensors do not count that) or its memory is
+    another (`Module.to`, `.data = ...`)."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
