@@ -199,8 +199,8 @@ class Prepared:
             or any(_dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops)
         ):
             return None
-        # The site keeps aliases, whose memory no `.data = ...` takes away. share_memory_ moves it, of
-        # all tables or of the whole SAE at once: two addresses tell.
+        # The site keeps aliases, whose memory no `.data = ...` takes away. share_memory_ moves that
+        # of all tables or of the whole SAE at once: two addresses tell.
         kept = [t.detach() for t in given]
         self._movable = kept[0], kept[0] if selection is None else selection.weights[0]
         self._addresses = [t.data_ptr() for t in self._movable]
