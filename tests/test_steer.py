@@ -186,6 +186,21 @@ def test_gradcheck(norm):
     )
 
 
+@pytest.mark.parametrize("opcode,neutral", [(rules.ADD, 0.0), (rules.SCALE, 1.0)])
+def test_a_neutral_strength_has_a_gradient(backend, opcode, neutral):
+    """It moves nothing, and training starts there."""
+    x, enc, dec = randn(1, 2, 8), randn(1, 1, 8, seed=1), randn(1, 1, 8, seed=2)
+    value = torch.tensor(neutral, requires_grad=True)
+    # bias, theta, gain, offset, v, tau
+    param = torch.tensor([[[0.0, -1e9, 1.0, 9.0, 0.0, 0.0]]]) + value * torch.eye(6)[4]
+    code = torch.tensor([[[opcode, rules.SIGNED, -1]]]).int()
+    out = call(x, (enc, dec, param, code), torch.zeros(1).int())
+    assert torch.equal(out, x)
+    (out * x).sum().backward()
+    active = (x @ enc[0, 0] + 9) if opcode == rules.SCALE else torch.ones(1, 2)
+    torch.testing.assert_close(value.grad, (active * (x @ dec[0, 0])).sum())
+
+
 def test_forward_mode_is_refused(backend):
     """Its tangents would be dropped."""
     table, slots = tables(2, 3, 8, torch.float32), torch.tensor([0, 1]).int()

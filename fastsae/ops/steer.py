@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 
 from .. import _dispatch, _library
 from .._steer_codes import NORMS
-from ..reference.steer import edited
+from ..reference._common import acc_dtype
+from ..reference.steer import edits
 from . import _common
 from .topk_member import Prepared as PreparedMember
 
@@ -447,10 +448,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     mask, member = (None if t is None else t.flatten(0, -1 - i) for i, t in enumerate(saved[6:]))
     (x, enc, dec, param), (code, slots) = leaves, saved[4:6]
     with torch.enable_grad():
-        rows = _common.flat(x)
-        out = edited(rows, enc, dec, param, code, slots, mask, member, ctx.norm, ctx.eps)
+        rows = _common.flat(x).to(acc_dtype(x.dtype))
+        # of the sum: a strength of 0, which touches nothing, is where training one begins
+        moved, _ = edits(rows, enc, dec, param, code, slots, mask, member, ctx.norm, ctx.eps)
+        out = rows + moved
     wanted = [t for t in leaves if t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, _common.flat(grad)))
+    found = iter(torch.autograd.grad(out, wanted, _common.flat(grad).to(out.dtype)))
     return *(next(found) if t.requires_grad else None for t in leaves), *[None] * 6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._steer_codes import (
@@ -31,7 +33,7 @@ def normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, to
     return x, x.new_ones(x.shape[0], 1)
 
 
-def edited(
+def edits(
     x: torch.Tensor,
     enc: torch.Tensor,
     dec: torch.Tensor,
@@ -42,8 +44,8 @@ def edited(
     member: torch.Tensor | None,
     norm: str,
     eps: float,
-) -> torch.Tensor:
-    """The edited rows; differentiable."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added to the rows [M, D], and which rows that touches [M]; differentiable."""
     n_slots, n_ops = code.shape[:2]
     acc = acc_dtype(x.dtype)
     wide = x.to(acc)
@@ -94,7 +96,13 @@ def edited(
         factor = torch.where(flags[:, o] & RAW > 0, torch.ones_like(v), back[:, 0])
         moved = moved + (delta * factor)[:, None] * dec[slot, o].to(acc)
         touched = touched | (delta != 0)
-    return torch.where(touched[:, None], (wide + moved).to(x.dtype), x)
+    return moved, touched
+
+
+def edited(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The edited rows; `rest` as in `edits`."""
+    moved, touched = edits(x, *rest)
+    return torch.where(touched[:, None], (x.to(moved.dtype) + moved).to(x.dtype), x)
 
 
 def steer(
