@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from conftest import generator, randn
-from small_models import FAMILIES, D, V, tiny
+from small_models import FAMILIES, SLIDING, D, V, tiny
 
 import fastsae
 from fastsae import _library
@@ -158,6 +158,48 @@ def test_static_cache_equals_dynamic(model):
     with steerer.steer(PROGRAMS, where):
         static, _ = run(model, ids, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
+@pytest.mark.parametrize(
+    "where", [positions.prompt_and_generated(("bos", "pad")), positions.at([0, 2, 5])]
+)
+@torch.no_grad()
+def test_padding_is_seen_with_a_static_cache_too(family, where):
+    """generate() gives the model a mask of four dimensions then."""
+    model = tiny(family)
+    ids = torch.cat([torch.ones(1, 3, dtype=torch.long), prompt(1, 4, seed=5)], 1)
+    ids = torch.cat([ids, prompt(1, 7, seed=6)])
+    mask = (torch.arange(7) >= torch.tensor([[3], [0]])).long()
+    steerer, logits = attach(model, topk_sae(), layer=LAYER), []
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        with steerer.steer([[clamp(3, 6.0)], [clamp(2, 5.0)]], where):
+            logits.append(run(model, ids, attention_mask=mask, **options)[1])
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_from_whatever_the_model_is_given():
+    model = tiny("llama")
+    ids = torch.cat([torch.ones(1, 3, dtype=torch.long), prompt(1, 4, seed=5)], 1)
+    mask = (torch.arange(7) >= 3).long()[None]
+    steerer = attach(model, None, layer=LAYER)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril() & mask.bool()
+    additive = torch.zeros(7, 7).masked_fill(~causal, torch.finfo(torch.float32).min)
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    for where in (positions.prompt_and_generated("pad"), positions.at([1])):
+        with steerer.steer([[add_vector(randn(D, seed=2))]], where):
+            want = model(ids, attention_mask=mask, position_ids=place).logits[:, 3:]
+            for args in ((ids, mask, place), (ids, causal[None, None], place),
+                         (ids, additive[None, None], place)):  # fmt: skip
+                assert torch.allclose(model(*args).logits[:, 3:], want, atol=1e-4)
+            with pytest.raises(ValueError, match="attention_mask"):
+                model(ids, attention_mask=causal[None])
+        with (
+            steerer.steer([[add_vector(randn(D, seed=2))]], where),
+            pytest.raises(RuntimeError, match="called by itself"),
+        ):
+            model.model(ids)
 
 
 @torch.no_grad()

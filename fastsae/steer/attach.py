@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ class Steerer:
         self._prompt_length: int | None = None
         self._mask: torch.Tensor | None = None
         self._module, self._inputs = module, inputs
+        self._names = tuple(inspect.signature(model.forward).parameters)
         _taken.setdefault(module, set()).add(inputs)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -179,9 +181,10 @@ class Steerer:
             raise RuntimeError(
                 f"steer: {self.site} is being steered already; leave that block first"
             )
+        where = positions or prompt_and_generated()
+        only = where.only
         self._write(programs)
-        self._positions = positions or prompt_and_generated()
-        only = self._positions.only
+        self._positions = where
         self._only = None if only is None else torch.tensor(only, device=self._slots.device)
         self._prompt_length = prompt_length
         self._sequences = len(programs)
@@ -346,7 +349,7 @@ class Steerer:
         if not self._sequences or where.everywhere:
             return
         if args:
-            kwargs = {"input_ids": args[0], **kwargs}
+            kwargs = {**dict(zip(self._names, args)), **kwargs}
         if self._prompt_length is None:  # the first pass
             ids = kwargs.get("input_ids")
             tokens = ids if ids is not None else kwargs["inputs_embeds"]
@@ -369,6 +372,11 @@ class Steerer:
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
         mask = self._mask
+        if mask is None and not self._positions.everywhere:
+            raise RuntimeError(
+                f"steer: positions at {self.site} need a call of the model that was attached to; "
+                "a module inside it was called by itself"
+            )
         if not torch.compiler.is_compiling() and (not self._selects or self._counts()):
             out = self._run.at_once(x, mask)
             if out is not None:

@@ -68,6 +68,25 @@ def past_length(kwargs: dict[str, Any]) -> Any:
     return 0 if cache is None else cache.get_seq_length()
 
 
+def _real_2d(attention: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] bool, is the token no padding? and [B, T], its position among those."""
+    real = attention.to(torch.bool)
+    order = real.cumsum(-1) - 1  # [B, total]
+    return real.index_select(1, column), order.index_select(1, column)
+
+
+def _real_4d(
+    attention: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of [B, 1, T, total], true or 0.0 where a token sees one, as `generate` gives it with
+    a static cache: padding on the left sees nothing."""
+    sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
+    real = sees.any(-1)
+    # counting what it sees would not do where a window slides
+    order = sees.sum(-1) - 1 if position_ids is None else position_ids
+    return real, torch.where(real, order, -1)
+
+
 def token_mask(
     where: Positions,
     kwargs: dict[str, Any],
@@ -78,7 +97,7 @@ def token_mask(
     """[B, T] bool: which tokens of this forward pass are edited.
 
     Columns are absolute (cache length plus offset), so that cached, uncached and chunked passes
-    agree; with a 2-D attention mask, positions count from the first real token.
+    agree; with an attention mask, positions count from the first real token.
     """
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     like = ids if ids is not None else embeds
@@ -91,14 +110,25 @@ def token_mask(
         mask = mask & (column >= prompt_length)
     if not where.generated:
         mask = mask & (column < prompt_length)
-    attention = kwargs.get("attention_mask")
+    if not where.exclude and only is None:
+        return mask
     position = column.expand(B, T)
-    if isinstance(attention, torch.Tensor) and attention.dim() == 2:
-        real = attention.to(torch.bool)
-        order = real.cumsum(-1) - 1  # [B, total]
-        position = order.index_select(1, column)
+    attention = kwargs.get("attention_mask")
+    if isinstance(attention, dict):  # one for each kind of layer
+        attention = attention.get("full_attention", next(iter(attention.values())))
+    if attention is not None:
+        if not isinstance(attention, torch.Tensor) or attention.dim() not in (2, 4):
+            raise ValueError(
+                "steer: positions need attention_mask [B, tokens] or [B, 1, T, tokens], got "
+                f"{tuple(getattr(attention, 'shape', ())) or type(attention).__name__}"
+            )
+        real, position = (
+            _real_2d(attention, column)
+            if attention.dim() == 2
+            else _real_4d(attention, kwargs.get("position_ids"))
+        )
         if "pad" in where.exclude:
-            mask = mask & real.index_select(1, column)
+            mask = mask & real
     if "bos" in where.exclude:
         if ids is None or bos is None:
             raise ValueError("steer: exclude='bos' needs input_ids and the model's bos_token_id")
