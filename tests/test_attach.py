@@ -14,6 +14,7 @@ from small_models import FAMILIES, SLIDING, D, V, tiny
 import fastsae
 from fastsae import _library
 from fastsae.steer import (
+    MaxActivations,
     SAEDescription,
     ablate,
     active,
@@ -21,6 +22,7 @@ from fastsae.steer import (
     add_vector,
     attach,
     clamp,
+    describe,
     min_clamp,
     positions,
     project_out,
@@ -619,3 +621,20 @@ def test_a_description_is_enough(gpt2):
         SAEDescription(randn(F, D), randn(F), randn(F, D), randn(D), "jumprelu")
     with pytest.raises(TypeError, match="SAEDescription"):
         attach(gpt2, object(), layer=LAYER)
+
+
+@torch.no_grad()
+def test_latents_ranked_by_decoder_norm_are_members_as_the_sae_selects_them(gpt2):
+    sae = fastsae.nn.TopKSAE(D, F, 5, rank_by_decoder_norm=True, seed=3)
+    sae.W_enc.copy_(randn(F, D, seed=4) / D**0.5)
+    sae.W_dec.mul_(torch.linspace(0.2, 5, F)[:, None])
+    ids, program = prompt(2), [ablate(j) for j in range(25, 40)]
+    with by_definition(gpt2, sae, [[(j, lambda f: f * 0) for j in range(25, 40)], None]):
+        want = gpt2(ids).logits
+    with attach(gpt2, sae, layer=LAYER).steer([program, None]):
+        assert torch.allclose(gpt2(ids).logits, want, atol=1e-4)
+
+
+def test_statistics_of_another_sae_are_refused():
+    with pytest.raises(ValueError, match=r"\[3\] of another SAE, this one has 40"):
+        describe(topk_sae(), MaxActivations(torch.ones(3), 9, "text"))

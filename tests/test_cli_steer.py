@@ -45,6 +45,12 @@ def test_prints_both_texts(folder):
     nothing = run(*options, "--strength", 0, "--temperature", 0)
     cells = [line.split("│")[1:3] for line in nothing.output.splitlines() if "│" in line]
     assert cells and strong.output != nothing.output
+    befores = [
+        [line.split("│")[1] for line in shown.output.splitlines() if "│" in line]
+        for shown in (strong, run(*options, "--strength", -2, "--temperature", 0))
+    ]
+    rows = min(map(len, befores))  # a longer text beside it adds empty lines
+    assert befores[0][:rows] == befores[1][:rows]  # unsteered
     long = run(*options, "--strength", 2, "--tokens", 1, "--prompt", "a" * 200)
     assert "…" not in long.output and long.output.count("a") > 400  # folded, nothing cut
     again = run(*options, "--strength", 2, "--seed", 4)

@@ -116,6 +116,11 @@ class SAEDescription:
             raise ValueError(f"SAEDescription: topk needs k in [1, {F}], got {self.k}")
         if self.activation == "jumprelu" and self.threshold is None:
             raise ValueError("SAEDescription: jumprelu needs threshold")
+        if self.max_activation is not None and self.max_activation.values.shape != (F,):
+            raise ValueError(
+                f"SAEDescription: maximum activations {list(self.max_activation.values.shape)} of "
+                f"another SAE, this one has {F} latents"
+            )
 
     @property
     def exact_membership(self) -> bool:
