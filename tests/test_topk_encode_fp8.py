@@ -116,7 +116,7 @@ def test_codes_and_product():
     assert (codes.abs().amax(1) >= 120).all() and (codes.abs().amax(1) <= 256).all()
     low = codes[:, :70] * units[:, None]
     assert torch.equal(codes[:, :70], (rows / units[:, None]).to(torch.float8_e4m3fn).float())
-    size, off, spread = room.norms.cpu().T
+    size, off, spread = room.norms.cpu()
     fourth = torch.maximum(rows.abs(), low.abs()).double().norm(4, dim=1).float()
     torch.testing.assert_close(off, (rows - low).double().norm(4, dim=1).float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(spread, fourth, rtol=1e-5, atol=0)

@@ -18,7 +18,14 @@ encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and no interpreter", allow_module_level=True)
 DEVICE = device_of("triton")
-SMALL = fused.FusedConfig(16, 64, 16, 4, 2, keys_module.FilterConfig(128, 64, 4))
+SMALL = fused.FusedConfig(16, 64, 16, 32, 4, 2, records=16)
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """A row's keys are cut more than once in a phase."""
+    small = keys_module.FilterConfig(128, 64, 1)
+    monkeypatch.setattr(keys_module, "filter_config", lambda k, rows: small)
 
 
 def integers(n, d, f, dtype=torch.bfloat16):
@@ -73,7 +80,7 @@ def test_odd_sizes(n, d, f, k):
 
 def test_rows_that_overflow_are_redone(redone):
     """Ascending columns pass every threshold; the rows beside them must stay untouched."""
-    f = 300
+    f = 600
     x, W = torch.zeros(18, 16), torch.zeros(f, 16)
     W[:, 0] = torch.arange(f) / 512
     W[:, 1] = torch.randint(-2, 3, (f,), generator=torch.Generator().manual_seed(0))
@@ -89,7 +96,7 @@ def test_a_row_that_overflowed_takes_no_part_in_later_phases(redone):
     config = dataclasses.replace(SMALL, growth=2)
     assert [end for _, end in config.phases(8, 600)] == [128, 256, 512, 600]
     x, W = torch.ones(2, 16), torch.zeros(600, 16)
-    W[:256, 0] = torch.arange(256)  # overflows in the second phase
+    W[:512, 0] = torch.arange(512)  # overflows in the third phase
     W[512:, 0] = 512 + torch.arange(88)  # the best are in the last one
     x[1] = 0
     x, W = x.half().to(DEVICE), W.half().to(DEVICE)
@@ -154,11 +161,12 @@ def test_views_that_begin_between_16_bytes_take_the_chunks(monkeypatch, shifted)
 
 
 @pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**24, 256)])
-def test_extra_memory_is_bounded(n, f, k):
-    chunks = encode_module._FUSED_CHUNKS
+def test_extra_memory_is_bounded(monkeypatch, n, f, k):
+    monkeypatch.undo()
+    chunks, config = encode_module._FUSED_CHUNKS, fused.FusedConfig()
     rows = encode_module._rows_at_once(n, k, chunks)
-    held = rows * (4 * chunks.columns(rows, f) + keys_module.BestKeys.bytes_per_row(k) + 4)
-    assert rows == 8192 and held <= 256 << 20
+    held = rows * (4 * chunks.columns(rows, f) + config.bytes_per_row(k))
+    assert rows == 4096 and held <= 256 << 20
 
 
 def test_first_phase_fits_and_phases_cover_the_columns():
@@ -167,5 +175,36 @@ def test_first_phase_fits_and_phases_cover_the_columns():
         for f in (1, 1000, 131072, 2**24):
             phases = config.phases(k, f)
             assert phases[0][0] == 0 and phases[-1][1] == f
-            assert phases[0][1] <= config.buffer.capacity
+            assert min(f, k) <= phases[0][1] <= 8 * config.records
             assert all(a[1] == b[0] for a, b in itertools.pairwise(phases))
+            assert all(k * (end / begin - 1) <= config.records / 2 for begin, end in phases[1:])
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000], ids=lambda n: f"{n} levels")
+def test_reselection_does_not_depend_on_the_order_of_records(levels):
+    """Programs race for slots: keys are cut while equal scores of lower columns are to come."""
+    rows, records, k, f = 4, 32, 5, 200
+    g = torch.Generator().manual_seed(levels)
+    first = (32 * torch.arange(8)[:, None] + 2 * torch.arange(4)).flatten().int()
+    offsets = torch.tensor([0, 1, 8, 9, 16, 17, 24, 25])
+    scores = torch.randint(levels, (rows, 256), generator=g).float()
+    config = keys_module.FilterConfig(32, 16, 1)
+    best = keys_module.BestKeys(rows, k, torch.device(DEVICE), config)
+    order = torch.stack([torch.randperm(32, generator=g) for _ in range(rows)])
+    columns = first[order]
+    held = scores.gather(1, (columns[:, :, None] + offsets).flatten(1))
+    recorded = torch.full((rows, 8), records, dtype=torch.int32)
+    recorded[3] = records + 1
+    overflow = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    fused._reselect_kernel[(rows,)](
+        held.to(DEVICE), columns.to(DEVICE), recorded.to(DEVICE), best.keys, best.held,
+        best.threshold, overflow, k, f, RECORDS=records, LAST=False, **config.sizes(), num_warps=1,
+    )  # fmt: skip
+    assert overflow.tolist() == [0, 0, 0, 1] and best.held.tolist() == [k, k, k, 0]
+    truth = scores[:, :f].sort(dim=1, descending=True, stable=True)
+    indices = torch.empty(rows, k, dtype=torch.int32, device=DEVICE)
+    keys_module.decode_keys(best.finish(), None, indices, False)
+    assert torch.equal(indices[:3].cpu().long(), truth.indices[:3, :k])
+    thresholds = best.threshold.cpu()
+    assert torch.equal(thresholds[:3].view(torch.float32), truth.values[:3, k - 1])
+    assert thresholds[3] == 2**31 - 1

@@ -47,7 +47,7 @@ def select(x, W, b, k, scale, chunks):
 def test_chunks_that_overlap(monkeypatch, dtype, scaled):
     """F no multiple of the chunk, and a buffer that must be cut many times."""
     small = keys_module.FilterConfig(64, 32, 4)
-    monkeypatch.setattr(keys_module, "filter_config", lambda k: small)
+    monkeypatch.setattr(keys_module, "filter_config", lambda k, rows: small)
     x, W, b, scale = integers(3, 37, 501, dtype)
     scale = scale if scaled else None
     chunks = encode_module.Chunks(slab=3 * 112)
@@ -218,7 +218,7 @@ def test_bounded_settles_when_nothing_can_be_dropped(monkeypatch, slab):
     again and again, and the result is still exact."""
     small = keys_module.FilterConfig(64, 16, 4)
     bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
-    monkeypatch.setattr(bounds, "filter_config", lambda k: small)
+    monkeypatch.setattr(bounds, "bounds_config", lambda k: small)
     x, W, b = (t.to(DEVICE) for t in (randn(3, 40), randn(300, 40, seed=1), randn(300, seed=2)))
     calls = []
     monkeypatch.setattr(bounds, "accumulation", lambda d: calls.append(d) or 10.0)
@@ -258,16 +258,16 @@ def test_the_bound_holds(kind):
     copies, norms = [], []
     for rows in (x, W):
         copies.append(torch.empty_like(rows, dtype=torch.bfloat16))
-        norms.append(torch.empty(len(rows), 2, device=DEVICE))
+        norms.append(torch.empty(2, len(rows), device=DEVICE))
         bounds.round_rows(rows, copies[-1], norms[-1])
-        size, off = norms[-1].double().T
+        size, off = norms[-1].double()
         true_off = (rows.double() - copies[-1].double()).norm(dim=1)
         assert torch.equal(copies[-1], rows.bfloat16())
         assert (size >= rows.double().norm(dim=1)).all() and (off >= true_off).all()
         assert (size <= rows.double().norm(dim=1) * 1.02).all()
         assert (off <= true_off * 1.001 + 1e-17).all()
     g = bounds.accumulation(d)
-    (xs, xo), (ws, wo) = (t.double().T for t in norms)
+    (xs, xo), (ws, wo) = (t.double() for t in norms)
     margin = (xo + g * xs)[:, None] * ws + xs[:, None] * wo
     error = (copies[0].double() @ copies[1].double().T - x.double() @ W.double().T).abs()
     assert (error <= margin).all() and (margin <= 0.01 * xs[:, None] * ws).all()

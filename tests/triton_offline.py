@@ -103,6 +103,7 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "instructions": sum(ops.values()),
         "spill_bytes": int(spills[1]) + int(spills[2]),
         "tensor": dict(_families(ops, _TENSOR)),
         "tma": sum(n for op, n in ops.items() if op.startswith("UTMALDG")),

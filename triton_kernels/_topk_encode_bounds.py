@@ -18,13 +18,25 @@ import triton
 import triton.language as tl
 
 from ._configuration import Configuration
-from ._topk_encode_keys import MAX_SORTED, filter_config, keep_best, order_keys, rank_scores, top_of
+from ._topk_encode_keys import (
+    MAX_SORTED,
+    FilterConfig,
+    keep_best,
+    key_column,
+    kth_largest,
+    larger,
+    order_keys,
+    order_of,
+    order_rows,
+    rank_scores,
+)
 
 _EMPTY = tl.constexpr(-(2**63))
-_LOWEST, _HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+_LOWEST = tl.constexpr(-(2**31))
 _EPS, _TINY = tl.constexpr(2.0**-20), tl.constexpr(2.0**-100)
 
-GROUP = 8  # candidates that a program scores at a time
+GROUP, _FEW = 8, 4  # candidates scored at a time: at the end, and by a filter short of registers
+_PROGRAMS = 16  # that share a row's candidates at the end
 _BLOCK_D = 128
 
 
@@ -38,7 +50,7 @@ def accumulation(d: int) -> float:
 def _round_rows_kernel(
     rows_ptr,  # [R, D] fp32
     rounded_ptr,  # [R, D] bf16
-    norms_ptr,  # [R, 2] fp32: at least |r| and |r^|, at least |r - r^|
+    norms_ptr,  # [2, R] fp32: at least |r| and |r^|, at least |r - r^|
     D,
     BLOCK_D: tl.constexpr,
 ):
@@ -59,23 +71,15 @@ def _round_rows_kernel(
     size = tl.sqrt(tl.sum(square) * grow + D * 2.0**-125) * (1.0 + _EPS) + off
     # beyond 2^40 something could overflow on the way: nothing is known
     size = tl.where(size <= 2.0**40, size * (1.0 + _EPS), float("inf"))
-    tl.store(norms_ptr + row * 2, size)
-    tl.store(norms_ptr + row * 2 + 1, tl.where(size <= 2.0**41, off, float("inf")))
+    tl.store(norms_ptr + row, size)
+    tl.store(norms_ptr + tl.num_programs(0) + row, tl.where(size <= 2.0**41, off, float("inf")))
 
 
 def round_rows(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor) -> None:
-    """bf16 copies of rows [R, D], and norms [R, 2]: of the rows, of what the copies left out."""
+    """bf16 copies of rows [R, D], and norms [2, R]: of the rows, of what the copies left out."""
     d = rows.shape[1]
     block = min(1024, max(64, triton.next_power_of_2(d)))
     _round_rows_kernel[(len(rows),)](rows, rounded, norms, d, BLOCK_D=block)
-
-
-@triton.jit
-def _orders(rank):
-    """Order-preserving int32 of fp32; NaN is above all."""
-    rank = tl.where(rank == 0.0, 0.0, rank)
-    bits = tl.where(rank != rank, 0x7FFFFFFF, rank.to(tl.int32, bitcast=True))
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -96,55 +100,55 @@ def _exact_keys(
 
 
 @triton.jit
-def _columns_of(keys):
-    return 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
 def _drop_below(
-    lower_ptr, upper_ptr, held, threshold, K, CAPACITY: tl.constexpr, TOP: tl.constexpr
+    lower_ptr, upper_ptr, held, threshold, K, CAPACITY: tl.constexpr, PIECE: tl.constexpr
 ):
     """Raises the threshold to the K-th largest lower bound; keeps what can still reach it."""
     tl.debug_barrier()  # other threads of this program stored candidates
     slot = tl.arange(0, CAPACITY)
-    lower = tl.load(lower_ptr + slot, mask=slot < held, other=_EMPTY)
-    upper = tl.load(upper_ptr + slot, mask=slot < held, other=_LOWEST)
-    rank = tl.arange(0, TOP)
-    kth = tl.max(tl.where(rank == K - 1, tl.topk(lower, TOP), _EMPTY))
-    threshold = tl.maximum(threshold, (kth >> 32).to(tl.int32))
-    kept = (slot < held) & (upper >= threshold)
-    to = tl.cumsum(kept.to(tl.int32)) - 1
+    lower = (tl.load(lower_ptr + slot, mask=slot < held, other=_EMPTY) >> 32).to(tl.int32)
+    t, _ = kth_largest(lower, K)
+    threshold = tl.maximum(threshold, tl.min(tl.where(lower >= t, lower, 2147483647)))
+    kept = 0
+    for start in range(0, held, PIECE):
+        piece = start + tl.arange(0, PIECE)
+        low = tl.load(lower_ptr + piece, mask=piece < held, other=_EMPTY)
+        high = tl.load(upper_ptr + piece, mask=piece < held, other=_LOWEST)
+        keep = (piece < held) & (high >= threshold)
+        to = kept + tl.cumsum(keep.to(tl.int32)) - 1
+        tl.debug_barrier()
+        tl.store(lower_ptr + to, low, mask=keep)
+        tl.store(upper_ptr + to, high, mask=keep)
+        kept += tl.sum(keep.to(tl.int32))
     tl.debug_barrier()
-    tl.store(lower_ptr + to, lower, mask=kept)
-    tl.store(upper_ptr + to, upper, mask=kept)
-    tl.debug_barrier()
-    return tl.sum(kept.to(tl.int32)), threshold
+    return kept, threshold
 
 
 @triton.jit
 def _settle(
     x_row, W_ptr, bias_ptr, scale_ptr, lower_ptr, upper_ptr, held, K, D,
-    CAPACITY: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAPACITY: tl.constexpr, PIECE: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores all candidates in fp32; the K best stay. Returns the K-th's order."""
     for start in range(0, held, GROUP):
         slot = start + tl.arange(0, GROUP)
-        column = _columns_of(tl.load(lower_ptr + slot, mask=slot < held, other=0))
+        column = key_column(tl.load(lower_ptr + slot, mask=slot < held, other=0x7FFFFFFF))
         key = _exact_keys(x_row, W_ptr, bias_ptr, scale_ptr, column, slot < held, D, GROUP, BLOCK_D)
         tl.store(lower_ptr + slot, key, mask=slot < held)
-    kth = keep_best(lower_ptr, held, K, CAPACITY, TOP)
-    rank = tl.arange(0, TOP)
-    best = tl.load(lower_ptr + rank)
-    tl.store(upper_ptr + rank, (best >> 32).to(tl.int32))
+    kth = keep_best(lower_ptr, held, K, CAPACITY, PIECE)
+    for start in range(0, K, PIECE):
+        piece = start + tl.arange(0, PIECE)
+        key = tl.load(lower_ptr + piece, mask=piece < K, other=0)
+        tl.store(upper_ptr + piece, (key >> 32).to(tl.int32), mask=piece < K)
     tl.debug_barrier()
-    return (kth >> 32).to(tl.int32)
+    return kth
 
 
-@triton.jit(do_not_specialize=["first", "fresh", "C"])
+@triton.jit(do_not_specialize=["fresh"])
 def _bounds_kernel(
     scores_ptr,  # [R, C] fp32 sums of bf16 products, row stride `stride`
-    x_norms_ptr,  # [R, 2], or [R, 3] where LIKELY
-    W_norms_ptr,  # [C, 2], or [C, 3]
+    x_norms_ptr,  # [2, R], or [3, R] where LIKELY
+    W_norms_ptr,  # [2, C], or [3, C]
     x_ptr,  # [R, D]
     W_ptr,  # [F, D]
     bias_ptr,  # [F] or None
@@ -162,31 +166,32 @@ def _bounds_kernel(
     g,
     sigmas,
     CAPACITY: tl.constexpr,
-    TOP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LAST: tl.constexpr,
     LIKELY: tl.constexpr,  # errors as of independent roundings, sigmas times; else the bound
 ):
-    NORMS: tl.constexpr = 3 if LIKELY else 2
-    row = tl.program_id(0).to(tl.int64)
+    row, R = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     lower_ptr += row * CAPACITY
     upper_ptr += row * CAPACITY
+    scores_ptr += row * stride
     held = tl.load(held_ptr + row)
     threshold = tl.load(threshold_ptr + row)
-    x_size = tl.load(x_norms_ptr + row * NORMS)
-    x_off = tl.load(x_norms_ptr + row * NORMS + 1)
+    x_size = tl.load(x_norms_ptr + row)
+    x_off = tl.load(x_norms_ptr + R + row)
+    at = tl.arange(0, BLOCK)
+    coming = tl.load(scores_ptr + at, mask=at < C, other=0.0)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        new = (at >= fresh) & (at < C)
-        column = first + at
-        rank = tl.load(scores_ptr + row * stride + at, mask=new, other=0.0)
-        w_size = tl.load(W_norms_ptr + at * NORMS, mask=new, other=0.0)
-        w_off = tl.load(W_norms_ptr + at * NORMS + 1, mask=new, other=0.0)
+        inside, column = at < C, first + at
+        rank = coming
+        coming = tl.load(scores_ptr + at + BLOCK, mask=at + BLOCK < C, other=0.0)
+        w_size = tl.load(W_norms_ptr + at, mask=inside, other=0.0)
+        w_off = tl.load(W_norms_ptr + C + at, mask=inside, other=0.0)
         if LIKELY:
-            by_x = x_off * tl.load(W_norms_ptr + at * NORMS + 2, mask=new, other=0.0)
-            by_w = tl.load(x_norms_ptr + row * NORMS + 2) * w_off
+            by_x = x_off * tl.load(W_norms_ptr + 2 * C + at, mask=inside, other=0.0)
+            by_w = tl.load(x_norms_ptr + 2 * R + row) * w_off
             most = tl.maximum(by_x, by_w)
             ratio = tl.minimum(by_x, by_w) / tl.maximum(most, _TINY)  # squares would underflow
             margin = sigmas * most * tl.sqrt(1.0 + ratio * ratio)
@@ -195,28 +200,28 @@ def _bounds_kernel(
         # the last terms: roundings that follow the sums, here and in the exact rank
         margin += g * x_size * w_size + tl.abs(rank) * _EPS + _TINY
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + column, mask=new, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
             rank += bias
             margin += tl.abs(bias) * _EPS
         if scale_ptr is not None:
-            scale = tl.load(scale_ptr + column, mask=new, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
             rank *= scale
             margin = margin * tl.abs(scale) + tl.abs(rank) * _EPS + _TINY
         margin *= 1.0 + _EPS
-        low = rank - margin
-        low = tl.where(low != low, _LOWEST, _orders(low))
-        high = _orders(rank + margin)
-        wanted = new & (high >= threshold)
-        count = tl.sum(wanted.to(tl.int32))
-        if count > 0:
+        if order_of(tl.reduce(rank + margin, 0, larger)) >= threshold:  # most blocks end here
+            low = rank - margin
+            low = tl.where(low != low, _LOWEST, order_of(low))
+            high = order_of(rank + margin)
+            wanted = (at >= fresh) & inside & (high >= threshold)
+            count = tl.sum(wanted.to(tl.int32))
             if held + count > CAPACITY:
                 held, threshold = _drop_below(
-                    lower_ptr, upper_ptr, held, threshold, K, CAPACITY, TOP
+                    lower_ptr, upper_ptr, held, threshold, K, CAPACITY, PIECE
                 )
                 if held > CAPACITY - BLOCK:
                     kth = _settle(
                         x_ptr + row * D, W_ptr, bias_ptr, scale_ptr, lower_ptr, upper_ptr, held,
-                        K, D, CAPACITY, TOP, GROUP, BLOCK_D,
+                        K, D, CAPACITY, PIECE, GROUP, BLOCK_D,
                     )  # fmt: skip
                     threshold = tl.maximum(threshold, kth)
                     held = tl.minimum(held, K)
@@ -227,10 +232,27 @@ def _bounds_kernel(
             tl.store(lower_ptr + slot, key, mask=wanted)
             tl.store(upper_ptr + slot, high, mask=wanted)
             held += count
-    if LAST:
-        held, threshold = _drop_below(lower_ptr, upper_ptr, held, threshold, K, CAPACITY, TOP)
     tl.store(held_ptr + row, held)
     tl.store(threshold_ptr + row, threshold)
+
+
+@triton.jit
+def _drop_kernel(
+    lower_ptr,  # [R, CAPACITY] int64
+    upper_ptr,  # [R, CAPACITY] int32
+    held_ptr,  # [R] int32
+    threshold_ptr,  # [R] int32
+    K,
+    CAPACITY: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """What can be one of the K best after the last column."""
+    row = tl.program_id(0).to(tl.int64)
+    held, _ = _drop_below(
+        lower_ptr + row * CAPACITY, upper_ptr + row * CAPACITY, tl.load(held_ptr + row),
+        tl.load(threshold_ptr + row), K, CAPACITY, PIECE,
+    )  # fmt: skip
+    tl.store(held_ptr + row, held)
 
 
 @triton.jit
@@ -247,27 +269,21 @@ def _rescore_kernel(
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     held = tl.load(held_ptr + row)
-    if tl.program_id(1) * GROUP < held:
-        keys_ptr += row * CAPACITY
-        column = _columns_of(tl.load(keys_ptr + slot, mask=slot < held, other=0))
+    keys_ptr += row * CAPACITY
+    for start in range(tl.program_id(1) * GROUP, held, tl.num_programs(1) * GROUP):
+        slot = start + tl.arange(0, GROUP)
+        column = key_column(tl.load(keys_ptr + slot, mask=slot < held, other=0x7FFFFFFF))
         key = _exact_keys(
             x_ptr + row * D, W_ptr, bias_ptr, scale_ptr, column, slot < held, D, GROUP, BLOCK_D
         )
         tl.store(keys_ptr + slot, key, mask=slot < held)
 
 
-@triton.jit
-def _best_kernel(
-    keys_ptr,  # [R, CAPACITY]
-    held_ptr,  # [R]
-    K,
-    CAPACITY: tl.constexpr,
-    TOP: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    keep_best(keys_ptr + row * CAPACITY, tl.load(held_ptr + row), K, CAPACITY, TOP)
+def bounds_config(k: int) -> FilterConfig:
+    """Room for all that a bound leaves: some 480 of 65,536 at D = 4096, k = 64."""
+    capacity = 1024 if k <= 512 else 2048
+    return FilterConfig(capacity, capacity // 4, capacity // 1024)
 
 
 class BoundedKeys:
@@ -286,7 +302,7 @@ class BoundedKeys:
         rows = len(x)
         assert k <= MAX_SORTED
         self.x, self.W, self.bias, self.scale, self.k = x, W, bias, scale, k
-        self.config = filter_config(k)
+        self.config = bounds_config(k)
         self._round()
         size = (rows, self.config.capacity)
         self.keys = torch.empty(size, dtype=torch.int64, device=x.device)
@@ -297,39 +313,38 @@ class BoundedKeys:
     def _round(self) -> None:
         self.g = accumulation(self.x.shape[1])
         self.rounded = torch.empty_like(self.x, dtype=torch.bfloat16)
-        self.norms = torch.empty(len(self.x), 2, dtype=torch.float32, device=self.x.device)
+        self.norms = torch.empty(2, len(self.x), dtype=torch.float32, device=self.x.device)
         round_rows(self.x, self.rounded, self.norms)
 
     @staticmethod
     def bytes_per_row(k: int, d: int) -> int:
-        return 12 * filter_config(k).capacity + 16 + 2 * d
+        return 12 * bounds_config(k).capacity + 16 + 2 * d
 
-    def add(
-        self, scores: torch.Tensor, norms: torch.Tensor, first: int, fresh: int, last: bool
-    ) -> None:
-        """Columns first + fresh to first + C of the scores; norms [C, 2] are those of W."""
+    def add(self, scores: torch.Tensor, norms: torch.Tensor, first: int, fresh: int) -> None:
+        """Columns first + fresh to first + C of the scores; norms [2, C] are those of W."""
         rows, d = self.x.shape
         _bounds_kernel[(rows,)](
             scores, self.norms, norms, self.x, self.W, self.bias, self.scale,
             self.keys, self.upper, self.held, self.threshold,
             scores.stride(0), first, fresh, scores.shape[1], self.k, d, self.g,
             self.sigmas,
-            CAPACITY=self.config.capacity, TOP=top_of(self.k), BLOCK=self.config.block,
-            GROUP=GROUP, BLOCK_D=_BLOCK_D, LAST=last, LIKELY=self.sigmas > 0,
+            **self.config.sizes(), GROUP=_FEW, BLOCK_D=_BLOCK_D, LIKELY=self.sigmas > 0,
             num_warps=self.config.num_warps,
         )  # fmt: skip
 
     def finish(self) -> torch.Tensor:
         """Keys [R, CAPACITY] with the k best in order in front."""
         (rows, d), capacity = self.x.shape, self.config.capacity
-        _rescore_kernel[(rows, triton.cdiv(capacity, GROUP))](
+        sizes = self.config.sizes()
+        _drop_kernel[(rows,)](
+            self.keys, self.upper, self.held, self.threshold, self.k,
+            CAPACITY=capacity, PIECE=sizes["PIECE"], num_warps=self.config.num_warps,
+        )  # fmt: skip
+        _rescore_kernel[(rows, _PROGRAMS)](
             self.x, self.W, self.bias, self.scale, self.keys, self.held, d,
             CAPACITY=capacity, GROUP=GROUP, BLOCK_D=_BLOCK_D,
         )  # fmt: skip
-        _best_kernel[(rows,)](
-            self.keys, self.held, self.k, CAPACITY=capacity, TOP=top_of(self.k),
-            num_warps=self.config.num_warps,
-        )  # fmt: skip
+        order_rows(self.keys, self.held, self.k)
         return self.keys
 
 
@@ -344,12 +359,12 @@ def configurations() -> list[Configuration]:
         (64, "i32:16", True, "*fp32"), (64, "i32", False, "*fp32"),
         (MAX_SORTED, "i32:16", True, "*fp32"), (64, "i32:16", True, "*bf16"),
     ):  # fmt: skip
-        config = filter_config(k)
+        config = bounds_config(k)
         common = dict(
             x_ptr=pointer, W_ptr=pointer, bias_ptr=pointer, scale_ptr=pointer,
             held_ptr="*i32", D=d,
         )  # fmt: skip
-        shared = dict(CAPACITY=config.capacity, GROUP=GROUP, BLOCK_D=_BLOCK_D)
+        shared = dict(BLOCK_D=_BLOCK_D)
         if not extras:
             shared |= dict(bias_ptr=None, scale_ptr=None)
         likely = pointer != "*fp32"  # the filter in fp8
@@ -357,15 +372,17 @@ def configurations() -> list[Configuration]:
         signature = dict(
             scores_ptr="*fp32", x_norms_ptr="*fp32", W_norms_ptr="*fp32", **common,
             lower_ptr="*i64", upper_ptr="*i32", threshold_ptr="*i32", stride="i32:16",
-            first="i32", fresh="i32", C="i32", K="i32", g="fp32", sigmas="fp32",
+            first="i32:16", fresh="i32", C="i32:16", K="i32", g="fp32", sigmas="fp32",
         )  # fmt: skip
-        constants = dict(shared, TOP=top_of(k), BLOCK=config.block, LAST=True, LIKELY=likely)
+        constants = dict(shared, **config.sizes(), GROUP=_FEW, LIKELY=likely)
+        rescore = dict(shared, CAPACITY=config.capacity, GROUP=GROUP)
+        drop = dict(
+            lower_ptr="*i64", upper_ptr="*i32", held_ptr="*i32", threshold_ptr="*i32", K="i32"
+        )
+        sizes = {name: size for name, size in config.sizes().items() if name != "BLOCK"}
         result += [
             Configuration(_bounds_kernel, label, signature, constants, config.num_warps),
-            Configuration(_rescore_kernel, label, dict(common, keys_ptr="*i64"), shared),
-            Configuration(
-                _best_kernel, label, dict(keys_ptr="*i64", held_ptr="*i32", K="i32"),
-                dict(CAPACITY=config.capacity, TOP=top_of(k)), config.num_warps,
-            ),
+            Configuration(_rescore_kernel, label, dict(common, keys_ptr="*i64"), rescore),
+            Configuration(_drop_kernel, label, drop, sizes, config.num_warps),
         ]  # fmt: skip
     return result

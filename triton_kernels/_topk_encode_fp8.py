@@ -50,7 +50,7 @@ def _round_e4m3(v):
 def _fp8_rows_kernel(
     rows_ptr,  # [R, D]
     codes_ptr,  # [R, STRIDE] e4m3
-    norms_ptr,  # [R, 3] fp32: of the row and its code, |.|_4 of what the code left out, of both
+    norms_ptr,  # [3, R] fp32: of the row and its code, |.|_4 of what the code left out, of both
     units_ptr,  # [R] fp32: a code of 1 stands for this
     D,
     STRIDE,
@@ -86,11 +86,11 @@ def _fp8_rows_kernel(
         tl.store(codes_ptr + row * STRIDE + d, code, mask=d < STRIDE)
     unit_up = tl.where(known, unit * (1.0 + _EPS), float("inf"))
     lost = D * 2.0**-125  # at least what powers lose that underflow
-    norms_ptr += row * 3
     # nothing is known of a row that is not finite: every pair of it is a candidate
-    tl.store(norms_ptr, tl.sqrt(tl.sum(square) + lost) * unit_up)
-    tl.store(norms_ptr + 1, tl.sqrt(tl.sqrt(tl.sum(residual) + lost)) * unit_up)
-    tl.store(norms_ptr + 2, tl.sqrt(tl.sqrt(tl.sum(fourth) + lost)) * unit_up)
+    R = tl.num_programs(0)
+    tl.store(norms_ptr + row, tl.sqrt(tl.sum(square) + lost) * unit_up)
+    tl.store(norms_ptr + R + row, tl.sqrt(tl.sqrt(tl.sum(residual) + lost)) * unit_up)
+    tl.store(norms_ptr + 2 * R + row, tl.sqrt(tl.sqrt(tl.sum(fourth) + lost)) * unit_up)
     tl.store(units_ptr + row, unit)
 
 
@@ -137,7 +137,7 @@ class Fp8Rows:
         self.d = d
         stride = triton.cdiv(d, 16) * 16  # rows of a descriptor begin on 16 bytes
         self.codes = torch.empty(rows, stride, dtype=torch.float8_e4m3fn, device=device)
-        self.norms = torch.empty(rows, 3, dtype=torch.float32, device=device)
+        self.norms = torch.empty(3, rows, dtype=torch.float32, device=device)
         self.units = torch.empty(rows, dtype=torch.float32, device=device)
 
     def round(self, rows: torch.Tensor) -> None:

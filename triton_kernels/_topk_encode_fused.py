@@ -1,9 +1,14 @@
 """topk_encode with the filter in the epilogue of the product: scores are never stored.
 
-Columns in phases that grow geometrically. In a phase a persistent product (TMA descriptors) appends
-the keys above each row's threshold to the row's buffer, then a kernel keeps the k best and raises
-the threshold. A row whose buffer overflowed takes no further part and is left to the caller, all of
-its columns: its scores then come from one other kernel, so that equal latents still tie.
+Columns in phases that grow geometrically. In a phase a persistent product (TMA descriptors)
+compares the largest of 8 scores that one thread holds with the row's threshold, and records the 8
+where it is above; then a kernel keeps the k best and raises the threshold. A row whose records
+overflowed takes no further part and is left to the caller, all of its columns: its scores then come
+from one other kernel, so that equal latents still tie.
+
+The 8 scores of a record are those of columns c + {0, 1, 8, 9, 16, 17, 24, 25}: what a thread holds
+of 32 columns of a wgmma accumulator. Rows are renumbered so that the plain layout of the stores is
+the accumulator's, and nothing passes through shared memory.
 """
 
 from __future__ import annotations
@@ -17,89 +22,141 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._blocks import POINTERS
 from ._configuration import Configuration
-from ._topk_encode_keys import BestKeys, FilterConfig, keep_best, order_keys, rank_scores, top_of
+from ._topk_encode_keys import (
+    FEW_ROWS,
+    LOWEST,
+    BestKeys,
+    append_keys,
+    filter_config,
+    keep_best,
+    larger,
+    order_of,
+    score_of,
+)
 
-_EMPTY, _FULL = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
-
-
-_BUFFER = FilterConfig(1024, 512, 4)
+_LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(2**31 - 1)
+_APART = tl.constexpr(8)  # counters of rows lie on sectors of their own
 
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Tile of the product, and the buffer of a row."""
+    """Tile of the product, columns that its epilogue takes at a time, and records of a row."""
 
     block_n: int = 128
     block_f: int = 256
     block_d: int = 64
+    width: int = 256
     num_warps: int = 8
     num_stages: int = 3
-    buffer: FilterConfig = _BUFFER
+    records: int = 512
     growth: int = 8  # seen columns grow by at most this in a phase
 
     def phases(self, k: int, f: int) -> list[tuple[int, int]]:
-        """Column ranges. In random order a phase appends k (growth - 1): half of the buffer."""
-        end = self.buffer.capacity // self.block_f * self.block_f  # the first keeps every key
+        """Column ranges. In random order a phase records k (growth - 1): half of what there is."""
+        end = 8 * self.records // self.block_f * self.block_f  # the first keeps every score
         result = [(0, min(f, end))]
-        growth = max(2, min(self.growth, self.buffer.capacity // (2 * k)))
+        growth = max(2, min(self.growth, self.records // (2 * k)))
         while end < f:
             begin, end = end, end * growth
             result.append((begin, min(f, end)))
         return result
+
+    def bytes_per_row(self, k: int) -> int:
+        """Records, their columns and count, keys, overflow."""
+        return self.records * 36 + 4 * _APART.value + BestKeys.bytes_per_row(k) + 4
+
+
+def fused_config(capability: tuple[int, int]) -> FusedConfig:
+    """sm_100 has too few registers for a whole tile: its accumulators come from tensor memory."""
+    return FusedConfig(width=64) if capability >= (10, 0) else FusedConfig()
 
 
 MAX_FUSED = 256  # largest k that leaves a phase half of the buffer
 
 
 @triton.jit
-def _append(acc, row, column, R, end, bias_ptr, scale_ptr, keys_ptr, held_ptr, threshold_ptr,
-            CAPACITY: tl.constexpr):  # fmt: skip
-    inside = column < end
-    acc = rank_scores(acc, column[None, :], inside[None, :], bias_ptr, scale_ptr)
-    # A key's high word alone: columns ascend from phase to phase, so an equal score ranks lower.
-    threshold = (tl.load(threshold_ptr + row, mask=row < R, other=0) >> 32).to(tl.int32)
-    key = order_keys(acc, column[None, :])
-    wanted = ((key >> 32).to(tl.int32) > threshold[:, None]) & inside[None, :] & (row < R)[:, None]
-    held = held_ptr + row[:, None] + tl.zeros_like(column)[None, :]
-    # The order of slots varies, the set of keys does not.
-    slot = tl.atomic_add(held, 1, mask=wanted, sem="relaxed")
-    at = keys_ptr + row.to(tl.int64)[:, None] * CAPACITY + slot
-    tl.store(at, key, mask=wanted & (slot < CAPACITY))
+def _record(
+    acc, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr, recorded_ptr,
+    threshold_ptr, RECORDS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = WIDTH // 32
+    WARPS: tl.constexpr = BLOCK_N // 16
+    # A thread holds the two columns 2t and 2t + 1 of every 8, of rows l and l + 8 of its warp's 16:
+    # [w, h, l, 32 columns, j, t, b] to [32 columns, j, row, t, b], rows in the order (h, w, l).
+    acc = acc.reshape(WARPS, 2, 8, PARTS, 4, 4, 2).permute(3, 4, 1, 0, 2, 5, 6)
+    acc = acc.reshape(PARTS, 4, BLOCK_N, 4, 2)
+    row = tl.arange(0, BLOCK_N)
+    row = first_row + row // 8 % WARPS * 16 + row // (8 * WARPS) * 8 + row % 8
+    pair = first + 32 * tl.arange(0, PARTS)[:, None] + 2 * tl.arange(0, 4)[None, :]  # [parts, t]
+    j, b = tl.arange(0, 4)[None, :, None, None], tl.arange(0, 2)[None, None, None, :]
+    column = pair[:, None, :, None] + 8 * j + b  # [parts, j, t, b]
+    # beyond F the score is 0: it may be recorded, and is not looked at
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
+        acc += bias[:, :, None]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + column, mask=column < F, other=0.0).to(tl.float32)
+        acc *= scale[:, :, None]
+    most = tl.reduce(tl.reduce(acc, 4, larger), 1, larger)  # [parts, row, t]
+    bar = score_of(tl.load(threshold_ptr + row, mask=row < R, other=0))
+    wanted = ((most > bar[None, :, None]) | (most != most) | (bar != bar)[None, :, None]) & (
+        row < R
+    )[None, :, None]
+    counter = recorded_ptr + _APART * row[None, :, None] + tl.zeros_like(pair)[:, None, :]
+    # The order of records varies, the set of them does not.
+    slot = tl.atomic_add(counter, 1, mask=wanted, sem="relaxed")
+    wanted = wanted & (slot < RECORDS)
+    at = row.to(tl.int64)[None, :, None] * RECORDS + slot
+    tl.store(columns_ptr + at, pair[:, None, :] + tl.zeros_like(slot), mask=wanted)
+    at = (scores_ptr + at * 8)[:, None, :, :, None] + (2 * j + b)[:, :, None]
+    tl.store(at, acc, mask=wanted[:, None, :, :, None])
 
 
 @triton.jit
-def _append_parts(acc, row, first, R, end, bias_ptr, scale_ptr, keys_ptr, held_ptr, threshold_ptr,
-                  CAPACITY: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """32 columns at a time: registers for slots and addresses of a few scores only."""
-    if WIDTH > 32:
-        HALF: tl.constexpr = WIDTH // 2
+def _record_parts(
+    acc, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr, recorded_ptr,
+    threshold_ptr, RECORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns at a time."""
+    if BLOCK_F > WIDTH:
+        HALF: tl.constexpr = BLOCK_F // 2
         left, right = acc.reshape(BLOCK_N, 2, HALF).permute(0, 2, 1).split()
-        _append_parts(left, row, first, R, end, bias_ptr, scale_ptr, keys_ptr, held_ptr,
-                      threshold_ptr, CAPACITY, BLOCK_N, HALF)  # fmt: skip
-        _append_parts(right, row, first + HALF, R, end, bias_ptr, scale_ptr, keys_ptr, held_ptr,
-                      threshold_ptr, CAPACITY, BLOCK_N, HALF)  # fmt: skip
+        _record_parts(
+            left, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr,
+            recorded_ptr, threshold_ptr, RECORDS, BLOCK_N, HALF, WIDTH,
+        )  # fmt: skip
+        _record_parts(
+            right, first_row, first + HALF, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr,
+            recorded_ptr, threshold_ptr, RECORDS, BLOCK_N, HALF, WIDTH,
+        )  # fmt: skip
     else:
-        _append(acc, row, first + tl.arange(0, WIDTH), R, end, bias_ptr, scale_ptr, keys_ptr,
-                held_ptr, threshold_ptr, CAPACITY)  # fmt: skip
+        _record(
+            acc, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr,
+            recorded_ptr, threshold_ptr, RECORDS, BLOCK_N, BLOCK_F,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["begin", "end", "R"])
-def _append_kernel(
+def _record_kernel(
     x,  # [R, D] descriptor
     W,  # [F, D] descriptor
     bias_ptr,  # [F] or None
     scale_ptr,  # [F] or None
-    keys_ptr,  # [R, CAPACITY] int64
-    held_ptr,  # [R] int32
-    threshold_ptr,  # [R] int64
+    scores_ptr,  # [R, RECORDS, 8] fp32
+    columns_ptr,  # [R, RECORDS] int32: of the first score
+    recorded_ptr,  # [R, APART] int32, the first of each
+    threshold_ptr,  # [R] int32: order of the K-th best so far
     R,
     D,
+    F,
     begin,
     end,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RECORDS: tl.constexpr,
 ):
     row_blocks = tl.cdiv(R, BLOCK_N)
     tiles = row_blocks * tl.cdiv(end - begin, BLOCK_F)
@@ -109,33 +166,56 @@ def _append_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
         for d in range(0, D, BLOCK_D):
             acc = tl.dot(x.load([first_row, d]), W.load([first, d]).T, acc)
-        row = first_row + tl.arange(0, BLOCK_N)
-        _append_parts(acc, row, first, R, end, bias_ptr, scale_ptr, keys_ptr, held_ptr,
-                      threshold_ptr, CAPACITY, BLOCK_N, BLOCK_F)  # fmt: skip
+        _record_parts(
+            acc, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr,
+            recorded_ptr, threshold_ptr, RECORDS, BLOCK_N, BLOCK_F, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
 def _reselect_kernel(
+    scores_ptr,  # [R, RECORDS, 8] fp32
+    columns_ptr,  # [R, RECORDS] int32
+    recorded_ptr,  # [R, APART] int32
     keys_ptr,  # [R, CAPACITY] int64
     held_ptr,  # [R] int32
-    threshold_ptr,  # [R] int64
+    threshold_ptr,  # [R] int32
     overflow_ptr,  # [R] int32
     K,
+    F,
+    RECORDS: tl.constexpr,
     CAPACITY: tl.constexpr,
-    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
     LAST: tl.constexpr,
 ):
+    """The K best of a row's keys and of what was recorded."""
     row = tl.program_id(0).to(tl.int64)
-    held = tl.load(held_ptr + row)
-    if (held > CAPACITY) | (held == 0):  # now or before: the first phase leaves no row empty
+    recorded = tl.load(recorded_ptr + _APART * row)
+    tl.store(recorded_ptr + _APART * row, 0)
+    if (recorded > RECORDS) | (tl.load(overflow_ptr + row) != 0):
         tl.store(overflow_ptr + row, 1)
         tl.store(held_ptr + row, 0)
-        # nothing passes a full threshold; after the last phase the row begins anew
-        tl.store(threshold_ptr + row, _EMPTY if LAST else _FULL)
+        # as good as nothing passes the highest; after the last phase the row begins anew
+        tl.store(threshold_ptr + row, _LOWEST if LAST else _HIGHEST)
     else:
-        threshold = keep_best(keys_ptr + row * CAPACITY, held, K, CAPACITY, TOP)
-        tl.store(threshold_ptr + row, threshold)
-        tl.store(held_ptr + row, tl.minimum(held, K))
+        keys_ptr += row * CAPACITY
+        scores_ptr += row * RECORDS * 8
+        columns_ptr += row * RECORDS
+        held = tl.load(held_ptr + row)
+        threshold = tl.load(threshold_ptr + row)
+        for start in range(0, 8 * recorded, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < 8 * recorded
+            score = tl.load(scores_ptr + at, mask=inside, other=0.0)
+            column = tl.load(columns_ptr + at // 8, mask=inside, other=0)
+            column += 8 * (at % 8 // 2) + at % 2
+            order = tl.where(inside & (column < F), order_of(score), _LOWEST)
+            held, threshold = append_keys(
+                keys_ptr, held, threshold, order, column, K, CAPACITY, PIECE, True
+            )
+        tl.store(threshold_ptr + row, keep_best(keys_ptr, held, K, CAPACITY, PIECE))
+        tl.store(held_ptr + row, K)
 
 
 def fused_keys(
@@ -147,24 +227,28 @@ def fused_keys(
     config: FusedConfig,
     programs: int,
 ) -> tuple[BestKeys, torch.Tensor]:
-    """The k best of every row, in order in front, and [R] int32: 1 where a row is still to do."""
+    """The k best of every row, in no order, and [R] int32: 1 where a row is still to do."""
     (rows, d), f = x.shape, W_enc.shape[0]
-    capacity = config.buffer.capacity
-    best = BestKeys(rows, k, x.device, config.buffer)
+    best = BestKeys(rows, k, x.device)
+    scores = torch.empty(rows, config.records, 8, dtype=torch.float32, device=x.device)
+    columns = torch.empty(rows, config.records, dtype=torch.int32, device=x.device)
+    recorded = torch.zeros(rows, _APART.value, dtype=torch.int32, device=x.device)
     overflow = torch.zeros(rows, dtype=torch.int32, device=x.device)
     x_tiles = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
     W_tiles = TensorDescriptor.from_tensor(W_enc, [config.block_f, config.block_d])
     for begin, end in config.phases(k, f):
         tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(end - begin, config.block_f)
-        _append_kernel[(min(programs, tiles),)](
-            x_tiles, W_tiles, b_enc, rank_scale, best.keys, best.held, best.threshold,
-            rows, d, begin, end,
+        _record_kernel[(min(programs, tiles),)](
+            x_tiles, W_tiles, b_enc, rank_scale, scores, columns, recorded, best.threshold,
+            rows, d, f, begin, end,
             BLOCK_N=config.block_n, BLOCK_F=config.block_f, BLOCK_D=config.block_d,
-            CAPACITY=capacity, num_warps=config.num_warps, num_stages=config.num_stages,
+            WIDTH=config.width, RECORDS=config.records,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         _reselect_kernel[(rows,)](
-            best.keys, best.held, best.threshold, overflow, k,
-            CAPACITY=capacity, TOP=top_of(k), LAST=end == f, num_warps=config.buffer.num_warps,
+            scores, columns, recorded, best.keys, best.held, best.threshold, overflow, k, f,
+            RECORDS=config.records, LAST=end == f, **best.config.sizes(),
+            num_warps=best.config.num_warps,
         )  # fmt: skip
     return best, overflow
 
@@ -172,20 +256,24 @@ def fused_keys(
 def configurations() -> list[Configuration]:
     """bf16 with bias and scale, fp16 without; TMA exists on sm_90 and later only."""
     result = []
-    config = FusedConfig()
-    for dtype, extras in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)):
+    for target, dtype, extras in (
+        ("sm_90", torch.bfloat16, True), ("sm_90", torch.bfloat16, False),
+        ("sm_90", torch.float16, False), ("sm_100", torch.bfloat16, True),
+        ("sm_100", torch.bfloat16, False), ("sm_100", torch.float16, False),
+    ):  # fmt: skip
+        config = fused_config((int(target[3:-1]), 0))
         pointer = POINTERS[dtype]
         tiles = [
             f"tensordesc<{pointer[1:]}[{rows},{config.block_d}]>"
             for rows in (config.block_n, config.block_f)
         ]
         signature = dict(
-            x=tiles[0], W=tiles[1], keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64",
-            R="i32", D="i32:16", begin="i32", end="i32",
+            x=tiles[0], W=tiles[1], scores_ptr="*fp32", columns_ptr="*i32", recorded_ptr="*i32",
+            threshold_ptr="*i32", R="i32", D="i32:16", F="i32", begin="i32", end="i32",
         )  # fmt: skip
         constants = dict(
             BLOCK_N=config.block_n, BLOCK_F=config.block_f, BLOCK_D=config.block_d,
-            CAPACITY=config.buffer.capacity,
+            WIDTH=config.width, RECORDS=config.records,
         )  # fmt: skip
         optional = ("bias_ptr", "scale_ptr")
         signature |= dict.fromkeys(optional, pointer) if extras else {}
@@ -193,14 +281,17 @@ def configurations() -> list[Configuration]:
         label = pointer[1:] + (" bias, scale" if extras else "")
         result.append(
             Configuration(
-                _append_kernel, label, signature, constants, config.num_warps, config.num_stages,
-                tensor_cores=True, tma=True, targets=("sm_90", "sm_100"),
+                _record_kernel, label, signature, constants, config.num_warps, config.num_stages,
+                tensor_cores=True, tma=True, targets=(target,),
             )
         )  # fmt: skip
     signature = dict(
-        keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64", overflow_ptr="*i32", K="i32"
-    )
-    for k in (64, MAX_FUSED):
-        sizes = dict(CAPACITY=config.buffer.capacity, TOP=top_of(k), LAST=True)
-        result.append(Configuration(_reselect_kernel, f"k={k}", signature, sizes))
+        scores_ptr="*fp32", columns_ptr="*i32", recorded_ptr="*i32", keys_ptr="*i64",
+        held_ptr="*i32", threshold_ptr="*i32", overflow_ptr="*i32", K="i32", F="i32",
+    )  # fmt: skip
+    for rows in (1, FEW_ROWS):
+        keys = filter_config(MAX_FUSED, rows)
+        sizes = dict(keys.sizes(), RECORDS=FusedConfig().records, LAST=True)
+        label = f"{keys.capacity} keys"
+        result.append(Configuration(_reselect_kernel, label, signature, sizes, keys.num_warps))
     return result

@@ -15,17 +15,22 @@ import triton.language as tl
 
 from ._configuration import Configuration
 
-EMPTY = -(2**63)  # below every key
-_EMPTY = tl.constexpr(EMPTY)
-MAX_SORTED = 1024  # largest k that a program sorts; above it torch.topk merges keys
+EMPTY, LOWEST = -(2**63), -(2**31)  # below every key, below the order of every score
+_EMPTY, _LOWEST = tl.constexpr(EMPTY), tl.constexpr(LOWEST)
+MAX_SORTED = 1024  # largest k that a program selects; above it torch.topk merges keys
+
+
+@triton.jit
+def order_of(score):
+    """Order-preserving int32 of a score: -0 ties with 0, every NaN is above all."""
+    score = tl.where(score == 0.0, 0.0, score)
+    bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def order_keys(score, column):
-    score = tl.where(score == 0.0, 0.0, score)  # -0 ties with 0
-    bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))  # one NaN
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (rank.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    return (order_of(score).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 
 
 @triton.jit
@@ -34,9 +39,9 @@ def key_column(key):
 
 
 @triton.jit
-def key_score(key):
-    rank = (key >> 32).to(tl.int32)
-    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def score_of(order):
+    """The score of an order; NaN for -2^31, which no score has."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -50,26 +55,85 @@ def rank_scores(score, column, inside, bias_ptr, scale_ptr):
 
 
 @triton.jit
-def keep_best(keys_ptr, held, K, CAPACITY: tl.constexpr, TOP: tl.constexpr):
-    """Sorts the `held` keys of a row; its TOP >= K best stay in front. Returns the K-th."""
+def larger(a, b):
+    """The larger of two scores; NaN is above all."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def kth_largest(values, K):
+    """Of int32 `values`, at least K of them above -2^31: a t that at least K values reach, exactly
+    K where ties allow it, and how many do. Bit by bit, from the highest."""
+    t = _LOWEST
+    count = 2147483647
+    bit = 31
+    while (bit >= 0) & (count != K):
+        candidate = t ^ (1 << bit)
+        reached = tl.sum((values >= candidate).to(tl.int32))
+        t = tl.where(reached >= K, candidate, t)
+        count = tl.where(reached >= K, reached, count)
+        bit -= 1
+    return t, count
+
+
+@triton.jit
+def keep_best(keys_ptr, held, K, CAPACITY: tl.constexpr, PIECE: tl.constexpr):
+    """Leaves the K best of a row's `held` >= K keys in front, as they followed each other. Returns
+    the order of the K-th best."""
     tl.debug_barrier()  # keys were stored by other threads of this program
     slot = tl.arange(0, CAPACITY)
-    best = tl.topk(tl.load(keys_ptr + slot, mask=slot < held, other=_EMPTY), TOP)
-    rank = tl.arange(0, TOP)
+    order = (tl.load(keys_ptr + slot, mask=slot < held, other=_EMPTY) >> 32).to(tl.int32)
+    t, count = kth_largest(order, K)
+    low = _LOWEST
+    if count != K:  # more equal the K-th than there is room for: those of lowest column
+        column = tl.load(keys_ptr + slot, mask=slot < held, other=_EMPTY) & 0x7FFFFFFF
+        above = tl.sum((order > t).to(tl.int32))
+        low, count = kth_largest(tl.where(order == t, column.to(tl.int32), _LOWEST), K - above)
+    kth = tl.min(tl.where(order >= t, order, 2147483647))
+    kept = 0
+    for start in range(0, held, PIECE):
+        piece = start + tl.arange(0, PIECE)
+        keys = tl.load(keys_ptr + piece, mask=piece < held, other=_EMPTY)
+        rank = (keys >> 32).to(tl.int32)
+        keep = (rank > t) | ((rank == t) & ((keys & 0x7FFFFFFF).to(tl.int32) >= low))
+        to = kept + tl.cumsum(keep.to(tl.int32)) - 1
+        tl.debug_barrier()
+        tl.store(keys_ptr + to, keys, mask=keep)
+        kept += tl.sum(keep.to(tl.int32))
     tl.debug_barrier()
-    tl.store(keys_ptr + rank, best)
-    tl.debug_barrier()
-    return tl.max(tl.where(rank == K - 1, best, _EMPTY))
+    return kth
 
 
-@triton.jit(do_not_specialize=["first", "fresh", "C"])
+@triton.jit
+def append_keys(
+    keys_ptr, held, threshold, order, column, K,
+    CAPACITY: tl.constexpr, PIECE: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys of orders above the threshold, at most CAPACITY - K of them, to a row's `held`.
+    Before there are too many, the K best stay and the threshold is raised: with TIES, where a later
+    column need not be a higher one, to just below the K-th best."""
+    count = tl.sum((order > threshold).to(tl.int32))
+    if held + count > CAPACITY:
+        threshold = keep_best(keys_ptr, held, K, CAPACITY, PIECE)
+        if TIES:
+            threshold -= 1
+        held = K
+        count = tl.sum((order > threshold).to(tl.int32))
+    wanted = order > threshold
+    slot = held + tl.cumsum(wanted.to(tl.int32)) - 1
+    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    tl.store(keys_ptr + slot, key, mask=wanted)
+    return held + count, threshold
+
+
+@triton.jit(do_not_specialize=["fresh"])
 def _filter_kernel(
     scores_ptr,  # [R, C], row stride `stride`
     bias_ptr,  # [F] or None
     scale_ptr,  # [F] or None
     keys_ptr,  # [R, CAPACITY] int64
     held_ptr,  # [R] int32: keys in use
-    threshold_ptr,  # [R] int64: K-th best key so far
+    threshold_ptr,  # [R] int32: order of the K-th best so far; columns ascend, so equal ones lose
     only_ptr,  # [R] int32 or None: not 0 where a row is to be looked at
     stride,
     first,  # column of scores_ptr[0, 0]
@@ -77,9 +141,8 @@ def _filter_kernel(
     C,
     K,
     CAPACITY: tl.constexpr,
-    TOP: tl.constexpr,
     BLOCK: tl.constexpr,
-    LAST: tl.constexpr,  # leave the K best sorted in front
+    PIECE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if only_ptr is not None:  # noqa: SIM102 - the first is decided by the compiler
@@ -88,28 +151,48 @@ def _filter_kernel(
     keys_ptr += row * CAPACITY
     held = tl.load(held_ptr + row)
     threshold = tl.load(threshold_ptr + row)
+    scores_ptr += row * stride
+    at = tl.arange(0, BLOCK)
+    coming = tl.load(scores_ptr + at, mask=at < C, other=float("-inf"))
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        score = tl.load(scores_ptr + row * stride + at, mask=at < C, other=0.0).to(tl.float32)
         column = first + at
-        score = rank_scores(score, column, at < C, bias_ptr, scale_ptr)
-        key = order_keys(score, column)
-        wanted = (at >= fresh) & (at < C) & (key > threshold)
-        count = tl.sum(wanted.to(tl.int32))
-        if count > 0:
-            if held + count > CAPACITY:
-                threshold = keep_best(keys_ptr, held, K, CAPACITY, TOP)
-                held = tl.minimum(held, K)
-                wanted = wanted & (key > threshold)
-                count = tl.sum(wanted.to(tl.int32))
-            slot = held + tl.cumsum(wanted.to(tl.int32)) - 1
-            tl.store(keys_ptr + slot, key, mask=wanted)
-            held += count
-    if LAST:
-        threshold = keep_best(keys_ptr, held, K, CAPACITY, TOP)
-        held = tl.minimum(held, K)
+        score = rank_scores(coming.to(tl.float32), column, at < C, bias_ptr, scale_ptr)
+        # the next block is on its way while this one is looked at
+        coming = tl.load(scores_ptr + at + BLOCK, mask=at + BLOCK < C, other=float("-inf"))
+        # most blocks end here: the largest score alone, one instruction for each
+        most = tl.reduce(score, 0, larger)
+        if order_of(most) > threshold:
+            order = tl.where((at >= fresh) & (at < C), order_of(score), _LOWEST)
+            held, threshold = append_keys(
+                keys_ptr, held, threshold, order, column, K, CAPACITY, PIECE, False
+            )
     tl.store(held_ptr + row, held)
     tl.store(threshold_ptr + row, threshold)
+
+
+@triton.jit
+def _order_kernel(
+    keys_ptr,  # [R, CAPACITY] int64
+    held_ptr,  # [R] int32
+    CAPACITY: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    """The TOP best of a row's keys to the front, in order."""
+    row = tl.program_id(0).to(tl.int64)
+    keys_ptr += row * CAPACITY
+    slot = tl.arange(0, CAPACITY)
+    keys = tl.load(keys_ptr + slot, mask=slot < tl.load(held_ptr + row), other=_EMPTY)
+    best = tl.topk(keys, TOP)
+    tl.debug_barrier()
+    tl.store(keys_ptr + tl.arange(0, TOP), best)
+
+
+def order_rows(keys: torch.Tensor, held: torch.Tensor, k: int) -> None:
+    """The k best of each row's `held` keys [R, CAPACITY] to the front, in order."""
+    rows, capacity = keys.shape
+    top = max(16, triton.next_power_of_2(k))
+    _order_kernel[(rows,)](keys, held, CAPACITY=capacity, TOP=top, num_warps=capacity // 256)
 
 
 @triton.jit(do_not_specialize=["first", "fresh", "C"])
@@ -149,7 +232,7 @@ def _decode_keys_kernel(
     key = tl.load(keys_ptr + row * stride + at, mask=at < K, other=0)
     tl.store(indices_ptr + row * K + at, key_column(key), mask=at < K)
     if values_ptr is not None:
-        value = key_score(key)
+        value = score_of((key >> 32).to(tl.int32))
         if RELU:
             value = tl.where(value < 0.0, 0.0, value)  # NaN stays
         tl.store(values_ptr + row * K + at, value.to(values_ptr.dtype.element_ty), mask=at < K)
@@ -163,30 +246,35 @@ class FilterConfig:
     block: int
     num_warps: int
 
-
-def filter_config(k: int) -> FilterConfig:
-    """A reselection every capacity - k candidates: two or three in a row of 131072 at k = 64."""
-    return FilterConfig(1024, 512, 4) if k <= 512 else FilterConfig(2048, 1024, 8)
+    def sizes(self) -> dict[str, int]:
+        return dict(CAPACITY=self.capacity, BLOCK=self.block, PIECE=128 * self.num_warps)
 
 
-def top_of(k: int) -> int:
-    return max(16, triton.next_power_of_2(k))
+FEW_ROWS = 1024
+
+
+def filter_config(k: int, rows: int) -> FilterConfig:
+    """A warp a row, which no barrier holds up, as long as there are rows for all warps."""
+    capacity = 512 if k <= 256 else 1024 if k <= 512 else 2048
+    if rows < FEW_ROWS:
+        capacity = 2048
+    return FilterConfig(capacity, capacity // 2, capacity // 512)
 
 
 class BestKeys:
     """The k best keys of `rows` rows, for k up to MAX_SORTED."""
 
     def __init__(self, rows: int, k: int, device: torch.device, config: FilterConfig | None = None):
-        self.config = config or filter_config(k)
+        self.config = config or filter_config(k, rows)
         assert k + self.config.block <= self.config.capacity
         self.k = k
         self.keys = torch.empty(rows, self.config.capacity, dtype=torch.int64, device=device)
         self.held = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.threshold = torch.full((rows,), EMPTY, dtype=torch.int64, device=device)
+        self.threshold = torch.full((rows,), LOWEST, dtype=torch.int32, device=device)
 
     @staticmethod
     def bytes_per_row(k: int) -> int:
-        return 8 * filter_config(k).capacity + 12
+        return 8 * filter_config(k, FEW_ROWS).capacity + 12
 
     def add(
         self,
@@ -195,18 +283,20 @@ class BestKeys:
         scale: torch.Tensor | None,
         first: int,
         fresh: int,
-        last: bool,
         only: torch.Tensor | None = None,
     ) -> None:
-        """Columns first + fresh to first + C; with `last` the k best are then in order in front.
-        only: [R] int32, 0 for rows to be left alone."""
+        """Columns first + fresh to first + C. only: [R] int32, 0 for rows to be left alone."""
         rows, columns = scores.shape
         _filter_kernel[(rows,)](
             scores, bias, scale, self.keys, self.held, self.threshold, only,
             scores.stride(0), first, fresh, columns, self.k,
-            CAPACITY=self.config.capacity, TOP=top_of(self.k),
-            BLOCK=self.config.block, LAST=last, num_warps=self.config.num_warps,
+            **self.config.sizes(), num_warps=self.config.num_warps,
         )  # fmt: skip
+
+    def finish(self) -> torch.Tensor:
+        """Keys [R, >= k] with the k best in order in front."""
+        order_rows(self.keys, self.held, self.k)
+        return self.keys
 
 
 class MergedKeys:
@@ -251,18 +341,18 @@ def decode_keys(
 
 
 def configurations() -> list[Configuration]:
-    """Both filter sizes, with bias and scale and without; topk's elements as scores."""
+    """Every filter size, with bias and scale and without; topk's elements as scores."""
     result = []
     for k, pointer, scores in (
-        (64, "*bf16", "*fp32"), (64, None, "*fp32"), (MAX_SORTED, "*fp32", "*fp32"),
-        (64, None, "*bf16"), (MAX_SORTED, None, "*fp16"),
+        (64, "*bf16", "*fp32"), (64, None, "*fp32"), (MAX_SORTED // 2, None, "*fp32"),
+        (MAX_SORTED, "*fp32", "*fp32"), (64, None, "*bf16"), (MAX_SORTED, None, "*fp16"),
     ):  # fmt: skip
-        config = filter_config(k)
+        config = filter_config(k, FEW_ROWS)
         signature = dict(
-            scores_ptr=scores, keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i64",
-            stride="i32:16", first="i32", fresh="i32", C="i32", K="i32",
+            scores_ptr=scores, keys_ptr="*i64", held_ptr="*i32", threshold_ptr="*i32",
+            stride="i32:16", first="i32:16", fresh="i32", C="i32:16", K="i32",
         )  # fmt: skip
-        constants = dict(CAPACITY=config.capacity, TOP=top_of(k), BLOCK=config.block, LAST=True)
+        constants: dict[str, object] = dict(config.sizes())
         if (k, pointer) == (64, "*bf16"):
             signature["only_ptr"] = "*i32"
         else:
@@ -270,6 +360,11 @@ def configurations() -> list[Configuration]:
         _optional(signature, constants, pointer)
         label = f"k={k} {pointer and pointer[1:]}" + (f" {scores[1:]} scores" * (scores != "*fp32"))
         result.append(Configuration(_filter_kernel, label, signature, constants, config.num_warps))
+        if (pointer is None and scores == "*fp32") or k == MAX_SORTED:
+            signature = dict(keys_ptr="*i64", held_ptr="*i32")
+            constants = dict(CAPACITY=config.capacity, TOP=k)
+            warps = config.capacity // 256
+            result.append(Configuration(_order_kernel, label, signature, constants, warps))
     signature = dict(
         scores_ptr="*fp32", keys_ptr="*i64", stride="i32:16", keys_stride="i32",
         first="i32", fresh="i32", C="i32",

@@ -155,8 +155,8 @@ def _by_digits(x: torch.Tensor, k: int) -> torch.Tensor:
 def _by_filter(x: torch.Tensor, k: int) -> torch.Tensor:
     """Keys [R, >= k] with the k best in order in front."""
     best = BestKeys(len(x), k, x.device)
-    best.add(x, None, None, 0, 0, last=True)
-    return best.keys
+    best.add(x, None, None, 0, 0)
+    return best.finish()
 
 
 def filter_pays(n: int, m: int, k: int) -> bool:

@@ -21,7 +21,7 @@ from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
 from ._topk_encode_bounds import BoundedKeys, round_rows
 from ._topk_encode_fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
-from ._topk_encode_fused import MAX_FUSED, FusedConfig, fused_keys
+from ._topk_encode_fused import MAX_FUSED, FusedConfig, fused_config, fused_keys
 from ._topk_encode_keys import MAX_SORTED, BestKeys, MergedKeys, decode_keys
 from ._topk_encode_product import product
 
@@ -56,7 +56,7 @@ def select_chunked(
     if k <= MAX_SORTED:
         best = BestKeys(rows, k, x.device)
         _add_columns(best, slab, x, W_enc, b_enc, rank_scale)
-        return best.keys
+        return best.finish()
     merged = MergedKeys(rows, k, columns, x.device)
     for first, fresh, last in _chunks_of(f, columns):
         product(x, W_enc[first : first + columns], slab)
@@ -81,12 +81,9 @@ def _add_columns(
     only: torch.Tensor | None = None,
 ) -> None:
     columns = slab.shape[1]
-    for first, fresh, last in _chunks_of(len(W_enc), columns):
+    for first, fresh, _ in _chunks_of(len(W_enc), columns):
         product(x, W_enc[first : first + columns], slab, only)
-        best.add(slab, b_enc, rank_scale, first, fresh, last, only)
-
-
-_TILE = FusedConfig()
+        best.add(slab, b_enc, rank_scale, first, fresh, only)
 
 
 def select_fused(
@@ -96,19 +93,20 @@ def select_fused(
     k: int,
     rank_scale: torch.Tensor | None,
     chunks: Chunks,
-    config: FusedConfig = _TILE,
+    config: FusedConfig | None = None,
 ) -> torch.Tensor:
     """The same by the fused product; k up to MAX_FUSED. Rows that overflowed are then taken through
     the chunks, by launches that find nothing to do where there are none."""
     if x.is_cuda:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        config = config or fused_config(torch.cuda.get_device_capability(x.device))
     else:
         programs = 3  # interpreted
-    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config, programs)
+    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config or FusedConfig(), programs)
     columns = chunks.columns(len(x), len(W_enc))
     slab = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
     _add_columns(best, slab, x, W_enc, b_enc, rank_scale, overflow)
-    return best.keys
+    return best.finish()
 
 
 def select_bounded(
@@ -127,11 +125,11 @@ def select_bounded(
     best = BoundedKeys(x, W_enc, b_enc, rank_scale, k)
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     copy = torch.empty(columns, d, dtype=torch.bfloat16, device=x.device)
-    norms = torch.empty(columns, 2, dtype=torch.float32, device=x.device)
-    for first, fresh, last in _chunks_of(f, columns):
+    norms = torch.empty(2, columns, dtype=torch.float32, device=x.device)
+    for first, fresh, _ in _chunks_of(f, columns):
         round_rows(W_enc[first : first + columns], copy, norms)
         product(best.rounded, copy, slab)
-        best.add(slab, norms, first, fresh, last)
+        best.add(slab, norms, first, fresh)
     return best.finish()
 
 
@@ -151,10 +149,10 @@ def select_likely(
     best = LikelyKeys(x, W_enc, b_enc, rank_scale, k)
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     copy = Fp8Rows(columns, d, x.device)
-    for first, fresh, last in _chunks_of(f, columns):
+    for first, fresh, _ in _chunks_of(f, columns):
         copy.round(W_enc[first : first + columns])
         fp8_product(best.codes, copy, slab)
-        best.add(slab, copy.norms, first, fresh, last)
+        best.add(slab, copy.norms, first, fresh)
     return best.finish()
 
 
@@ -166,7 +164,7 @@ def bounds_pay(n: int, d: int, f: int, k: int) -> bool:
 
 
 # Few launches rather than a slab in L2: where no row overflowed, all of them are empty.
-_FUSED_CHUNKS = Chunks(rows=8192, slab=1 << 25)
+_FUSED_CHUNKS = Chunks(rows=4096, slab=1 << 25)
 
 # Shapes where the fused product is chosen: N and F at least, D at most. A prediction, unverified on
 # a GPU (benchmarks/NOTES.md): its epilogue and the chunks' pass over the scores cost the same time
