@@ -638,3 +638,45 @@ def test_latents_ranked_by_decoder_norm_are_members_as_the_sae_selects_them(gpt2
 def test_statistics_of_another_sae_are_refused():
     with pytest.raises(ValueError, match=r"\[3\] of another SAE, this one has 40"):
         describe(topk_sae(), MaxActivations(torch.ones(3), 9, "text"))
+
+
+@torch.no_grad()
+def test_units_of_a_latents_own_maximum(gpt2):
+    sae = describe(topk_sae(20), MaxActivations(torch.linspace(0.2, 2.0, F), 9, "text"))
+    steerer, ids, gated = attach(gpt2, sae, layer=LAYER), prompt(2), 0
+
+    def logits(*program):
+        with steerer.steer([program, program]):
+            return gpt2(ids).logits
+
+    for j in range(0, F, 5):
+        of = sae.max_activation.values[j].item()
+        assert torch.equal(logits(clamp(j, 1.5, unit="max")), logits(clamp(j, 1.5 * of)))
+        found = [
+            logits(clamp(7, 4.0, when=active(j, above, unit)))
+            for above, unit in ((0.5, "max"), (0.5 * of, "raw"), (0.5, "raw"))
+        ]
+        assert torch.equal(found[0], found[1])
+        gated += not torch.equal(found[0], found[2])
+    assert gated  # the unit of a gate is no formality here
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture,extra", [("relu", {}), ("topk", {"k": 5})])
+def test_a_constant_that_the_input_is_multiplied_by(gpt2, architecture, extra):
+    """f(s x) decoded by W_dec / s is the SAE whose encoder is s W_enc, and its decoder W_dec / s."""
+    s, ids, found = 2.5, prompt(2), []
+    W, W_dec, b = randn(F, D, seed=4) / D**0.5, randn(F, D, seed=7), randn(F, seed=6) / 8
+    b_dec = randn(D, seed=5) / 4
+    for scaled in (True, False):
+        sae = (
+            SAEDescription(W, b, W_dec, b_dec, architecture, input_scale=s, **extra)
+            if scaled
+            else SAEDescription(W * s, b, W_dec / s, b_dec / s, architecture, **extra)
+        )
+        steerer = attach(gpt2, sae, layer=LAYER)
+        with steerer.steer([[scale(j, 2.0) for j in range(30)], [clamp(3, 6.0)]]):
+            found.append(gpt2(ids).logits)
+        steerer.detach()
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(gpt2(ids).logits, found[0], rtol=1e-2, atol=1e-2)
