@@ -462,6 +462,8 @@ def test_an_exception_clears_and_bad_use_is_refused(gpt2):
     ):
         with pytest.raises(ValueError, match=message), steerer.steer([program, None]):
             pass
+    with pytest.raises(TypeError, match="one list of operations per sequence"):
+        steerer.set([clamp(3, 6.0), None])
     assert torch.equal(gpt2(ids).logits, clean)
     steerer.detach()
     attach(gpt2, None, layer=LAYER).detach()
@@ -664,7 +666,7 @@ def test_units_of_a_latents_own_maximum(gpt2):
 @torch.no_grad()
 @pytest.mark.parametrize("architecture,extra", [("relu", {}), ("topk", {"k": 5})])
 def test_a_constant_that_the_input_is_multiplied_by(gpt2, architecture, extra):
-    """f(s x) decoded by W_dec / s is the SAE whose encoder is s W_enc, and its decoder W_dec / s."""
+    """f(s x) decoded by W_dec / s: the SAE whose encoder is s W_enc and whose decoder W_dec / s."""
     s, ids, found = 2.5, prompt(2), []
     W, W_dec, b = randn(F, D, seed=4) / D**0.5, randn(F, D, seed=7), randn(F, seed=6) / 8
     b_dec = randn(D, seed=5) / 4

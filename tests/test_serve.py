@@ -535,6 +535,10 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
         ({"prompt": "x", "functions": [{"name": "f"}]}, 400, "functions"),
         ({"prompt": "x", "tool_choice": "required"}, 400, "tool_choice"),
         ({"prompt": "x", "top_logprobs": 3}, 400, "top_logprobs"),
+        ({"prompt": "x", "top_k": 5}, 400, "top_k: not supported here"),
+        ({"prompt": "x", "stear": []}, 400, "stear: not known here; steer is"),
+        ({"prompt": "x", "steering": []}, 400, "steering: not known here; steer is"),
+        ({"prompt": "x", "max_token": 5}, 400, "max_token: not known here; max_tokens is"),
         ({"prompt": "x", "stream": True, "stream_options": {"include_usage": "no"}}, 400, "usage"),
         ({"prompt": "x", "stop": ""}, 400, "at least 1 character"),
         ({"prompt": []}, 400, "at least 1 item"),
@@ -1060,3 +1064,14 @@ def test_command_line_says_what_is_wrong(folder, tmp_path):
     assert run.exit_code == 2
     run = CliRunner().invoke(app, ["serve", "--sae", str(folder), "--token", "a b"])
     assert run.exit_code == 2
+    run = CliRunner().invoke(app, ["serve", "--sae", str(folder)], env={"FASTSAE_SERVE_TOKEN": ""})
+    assert run.exit_code == 2 and "set and empty" in run.output
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        run = CliRunner().invoke(app, ["serve", "--sae", str(folder), "--port", port])
+    assert run.exit_code == 2
+    assert f"cannot listen on 127.0.0.1, port {port}" in run.output and "http" not in run.output
+    run = CliRunner().invoke(app, ["serve", "--sae", str(folder), "--host", "no such host"])
+    assert run.exit_code == 2 and "cannot listen on no such host" in run.output

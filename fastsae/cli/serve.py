@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ..serve.service import Service
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_TOKEN = "FASTSAE_SERVE_TOKEN"
 _READOUT = 1 << 28  # elements up to which latents are described by what they promote
 
 
@@ -31,7 +34,7 @@ def serve(
     host: str = typer.Option("127.0.0.1", help="Address to listen on; others can then reach it."),
     port: int = typer.Option(8000, min=0, max=65535),
     token: str | None = typer.Option(
-        None, envvar="FASTSAE_SERVE_TOKEN", help="Bearer token that every request must bring."
+        None, envvar=_TOKEN, help="Bearer token that every request must bring."
     ),
     rows: int = typer.Option(32, min=1, max=1024, help="Sequences generated at a time."),
     waiting: int = typer.Option(512, min=0, help="Sequences that may wait for a place."),
@@ -50,8 +53,12 @@ def serve(
         from ..serve.protocol import Limits
     except ImportError as error:
         fail_missing(error)
+    if token is None and _TOKEN in os.environ:  # typer takes an empty variable for none
+        fail(f"{_TOKEN} is set and empty: unset it to serve without a token")
     if token is not None and not (token and all("!" <= c <= "~" for c in token)):
         fail("--token must be printable ASCII without spaces")
+    listening = bound(host, port)
+    port = listening.getsockname()[1]
     limits = Limits(
         rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         seconds=seconds,
@@ -75,8 +82,22 @@ def serve(
             app, host=host, port=port, log_level="warning", timeout_keep_alive=10,
             timeout_graceful_shutdown=10,
         )
-    ).run()  # fmt: skip
+    ).run(sockets=[listening])  # fmt: skip
     service.engine.close()
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, or the end: before a model is loaded or an address printed."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+    except OSError as error:
+        fail(f"cannot listen on {host}, port {port}: {error.strerror or error}")
+    return listening
 
 
 def address(host: str, port: int, path: str, token: str | None = None) -> str:

@@ -44,7 +44,8 @@ def create_app(
         errors = error.errors()
         first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
         where = ".".join(str(p) for p in first.get("loc", ())[1:])
-        return _error(400, f"{where}: {first.get('msg')}" if where else str(first.get("msg")))
+        why = str(first.get("msg")).removeprefix("Value error, ")
+        return _error(400, f"{where}: {why}" if where else why)
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:

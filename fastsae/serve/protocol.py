@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,7 @@ class Limits:
 
 
 MAX_OPS = 32  # entries of a program
+_UNKNOWN = 64  # fields that a misspelt one is looked for among
 
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Latent = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -57,8 +59,23 @@ def _encodable(text: str) -> str:
 
 
 class _Model(BaseModel):
-    # clients send fields that are not known here (user, service_tier, ...): they are ignored
+    # Clients send fields that are not known here (user, service_tier, ...): they are ignored, but
+    # not those that are all but one of these.
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_misspelt(cls, data: Any) -> Any:
+        unknown = (
+            [name for name in data if name not in cls.model_fields]
+            if isinstance(data, dict)
+            else []
+        )
+        for name in unknown[:_UNKNOWN]:
+            meant = difflib.get_close_matches(str(name)[:64], cls.model_fields, 1, 0.75)
+            if meant and name not in _UNSUPPORTED:
+                raise ValueError(f"{str(name)[:64]}: not known here; {meant[0]} is")
+        return data
 
 
 class When(BaseModel):
@@ -127,6 +144,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "suffix": ("",),
     "best_of": (1,),
+    # not OpenAI's, but often sent to servers of its API
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
 }
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=64)]

@@ -159,6 +159,7 @@ class Steerer:
         Raises:
             ValueError: too many programs or entries, a latent out of range, unit="max" without
                 statistics, a vector of another width.
+            TypeError: an operation where a list of them is due.
             RuntimeError: already inside a block of this steerer, or it was detached.
         """
         self.set(programs, positions, prompt_length=prompt_length)
@@ -180,6 +181,10 @@ class Steerer:
         if self._sequences:
             raise RuntimeError(
                 f"steer: {self.site} is being steered already; leave that block first"
+            )
+        if any(isinstance(program, Operation) for program in programs):
+            raise TypeError(
+                "steer: one list of operations per sequence, as in steer([[clamp(...)]])"
             )
         where = positions or prompt_and_generated()
         only = where.only
