@@ -64,6 +64,12 @@ def test_compiles_for_every_target(module):
     assert not problems, "\n".join(problems)
 
 
+def test_compiles_when_an_integer_is_one():
+    """k = 1, one token, one latent: launches turn the 1 into a constant of another type."""
+    script = str(Path(__file__).with_name("triton_offline.py"))
+    assert json.loads(run([script, "--ones", "--json"])) == []
+
+
 def too_slow(row: dict) -> list[str]:
     """What decides the time of kernels that look at every score, counted where it was lost before:
     scores passed through shared memory in 40 instructions each, or too few loads in flight."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -173,6 +174,31 @@ def rows(names: list[str], targets: list[str]) -> list[dict[str, Any]]:
     return result
 
 
+def ones(names: list[str]) -> list[str]:
+    """What does not compile when a single integer is 1: a launch then makes it a constant."""
+    problems, seen = [], set()
+    for name in names:
+        module = importlib.import_module(f"fastsae.triton_kernels.{name}")
+        for c in module.configurations():
+            if c.kernel in seen:
+                continue
+            seen.add(c.kernel)
+            kept = {c.kernel.arg_names.index(n) if isinstance(n, str) else n
+                    for n in c.kernel.do_not_specialize or ()}  # fmt: skip
+            for argument, kind in c.signature.items():
+                if kind[0] != "i" or c.kernel.arg_names.index(argument) in kept:
+                    continue
+                signature = {n: k for n, k in c.signature.items() if n != argument}
+                one = dataclasses.replace(
+                    c, signature=signature, constexprs=c.constexprs | {argument: 1}
+                )
+                try:
+                    _compile(one, "sm_90" if "sm_90" in c.targets else c.targets[0])
+                except Exception as error:
+                    problems.append(f"{c.kernel.__name__} {argument}=1: {error}")
+    return problems
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The rows as text."""
     head = (
@@ -199,7 +225,11 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=[])
     parser.add_argument("--target", action="append", choices=list(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ones", action="store_true", help="compile with each integer at 1")
     arguments = parser.parse_args()
+    if arguments.ones:
+        json.dump(ones(arguments.modules or modules()), sys.stdout)
+        return
     results = rows(arguments.modules or modules(), arguments.target or list(SHARED_LIMIT))
     json.dump(results, sys.stdout) if arguments.json else print(table(results))
 

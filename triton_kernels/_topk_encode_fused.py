@@ -98,7 +98,8 @@ def _record(
         scale = tl.load(scale_ptr + column, mask=column < F, other=0.0).to(tl.float32)
         acc *= scale[:, :, None]
     most = tl.reduce(tl.reduce(acc, 4, larger), 1, larger)  # [parts, row, t]
-    bar = score_of(tl.load(threshold_ptr + row, mask=row < R, other=0))
+    order = tl.load(threshold_ptr + row, mask=row < R, other=0)
+    bar = tl.where(order == _HIGHEST, float("inf"), score_of(order))  # NaN for the lowest: all
     wanted = ((most > bar[None, :, None]) | (most != most) | (bar != bar)[None, :, None]) & (
         row < R
     )[None, :, None]
@@ -196,7 +197,7 @@ def _reselect_kernel(
     if (recorded > RECORDS) | (tl.load(overflow_ptr + row) != 0):
         tl.store(overflow_ptr + row, 1)
         tl.store(held_ptr + row, 0)
-        # as good as nothing passes the highest; after the last phase the row begins anew
+        # nothing but NaN passes the highest; after the last phase the row begins anew
         tl.store(threshold_ptr + row, _LOWEST if LAST else _HIGHEST)
     else:
         keys_ptr += row * CAPACITY
