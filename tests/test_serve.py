@@ -30,7 +30,9 @@ httpx = pytest.importorskip("httpx")
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.nn import TopKSAE  # noqa: E402
+from fastsae.serve import connections  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
+from fastsae.serve.connections import Impatient  # noqa: E402
 from fastsae.serve.engine import Engine, Event, FullError, Sampling  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
 from fastsae.serve.text import TextStream  # noqa: E402
@@ -73,8 +75,9 @@ class Server:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         config = uvicorn.Config(
-            create_app(service, **options), host="127.0.0.1", port=self.port, log_level="error"
-        )
+            create_app(service, **options), host="127.0.0.1", port=self.port, log_level="error",
+            http=Impatient,
+        )  # fmt: skip
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -1075,3 +1078,50 @@ def test_command_line_says_what_is_wrong(folder, tmp_path):
     assert f"cannot listen on 127.0.0.1, port {port}" in run.output and "http" not in run.output
     run = CliRunner().invoke(app, ["serve", "--sae", str(folder), "--host", "no such host"])
     assert run.exit_code == 2 and "cannot listen on no such host" in run.output
+
+
+@pytest.mark.parametrize(
+    "before,pieces",
+    [
+        (b"", []),
+        (b"", [b"GET / HTTP/1.1\r\n"]),
+        (b"", [b"GET / HTTP/1.1\r\nA: "] + [b"a"] * 20),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", [b"POST /v1/comp"]),
+    ],
+    ids=["silent", "half a head", "a letter at a time", "after a request"],
+)
+def test_a_head_that_does_not_arrive_ends_the_connection(server, monkeypatch, before, pieces):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.settimeout(10)
+        if before:
+            s.sendall(before)
+            assert b"200 OK" in s.recv(100_000)
+        begin = time.monotonic()
+        for piece in pieces:
+            try:
+                s.sendall(piece)
+            except OSError:  # it has been closed
+                break
+            time.sleep(0.1 if len(pieces) > 1 else 0)
+        try:
+            while s.recv(100_000):
+                pass
+        except ConnectionError:
+            pass
+        assert 0.5 < time.monotonic() - begin < 5
+
+
+def test_a_long_answer_is_not_cut_by_the_time_of_a_head(server, client, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.05)
+    stream = client.completions.create(
+        model="any", prompt="import os\n", max_tokens=60, temperature=0, stream=True
+    )
+    assert sum(1 for _ in stream) > 20
+
+
+def test_an_address_is_taken_from_the_first_moment():
+    from fastsae.cli.serve import bound
+
+    with bound("127.0.0.1", 0) as one, pytest.raises(SystemExit):
+        bound("127.0.0.1", one.getsockname()[1])

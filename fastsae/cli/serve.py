@@ -49,6 +49,7 @@ def serve(
         import uvicorn
 
         from ..serve.app import create_app
+        from ..serve.connections import Impatient
         from ..serve.guard import LOOPBACK
         from ..serve.protocol import Limits
     except ImportError as error:
@@ -79,7 +80,7 @@ def serve(
 
     Server(
         uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_keep_alive=10,
+            app, host=host, port=port, http=Impatient, log_level="warning", timeout_keep_alive=10,
             timeout_graceful_shutdown=10,
         )
     ).run(sockets=[listening])  # fmt: skip
@@ -87,7 +88,7 @@ def serve(
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, or the end: before a model is loaded or an address printed."""
+    """A listening socket of this address, or the end: before a model is loaded or anything said."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -95,6 +96,7 @@ def bound(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
+        listening.listen(2048)
     except OSError as error:
         fail(f"cannot listen on {host}, port {port}: {error.strerror or error}")
     return listening
