@@ -637,6 +637,61 @@ def test_latents_ranked_by_decoder_norm_are_members_as_the_sae_selects_them(gpt2
         assert torch.allclose(gpt2(ids).logits, want, atol=1e-4)
 
 
+@torch.no_grad()
+def test_latents_selected_below_zero_keep_their_sign(gpt2):
+    """A TopK SAE without ReLU."""
+    sae = fastsae.nn.TopKSAE(D, F, 35, activation="identity", seed=3)
+    ids, program = prompt(2), [ablate(j) for j in range(20)]
+    with by_definition(gpt2, sae, [[(j, lambda f: f * 0) for j in range(20)], None]):
+        want = gpt2(ids).logits
+    with attach(gpt2, sae, layer=LAYER).steer([program, None]):
+        assert torch.allclose(gpt2(ids).logits, want, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_threshold_takes_the_place_of_membership(gpt2):
+    weights = randn(F, D, seed=4) / D**0.5, randn(F, seed=6) / 8, randn(F, D, seed=7), randn(D)
+    ids, found = prompt(2), []
+    for kind, own in (
+        ("topk", {"k": 5, "threshold": 0.7}),
+        ("jumprelu", {"threshold": torch.full((F,), 0.7)}),
+        ("topk", {"k": 5}),
+    ):
+        steerer = attach(gpt2, SAEDescription(*weights, kind, **own), layer=LAYER)
+        with steerer.steer([[ablate(j) for j in range(20)], None]):
+            found.append(gpt2(ids).logits)
+        steerer.detach()
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+@torch.no_grad()
+def test_a_low_precision_model_is_edited_with_one_rounding(gpt2, dtype, kind):
+    """The site's states in generate() against fp64: within half a unit in the last place."""
+    shapes = ((F, D), (F,), (F, D), (D,))
+    W, b, W_dec, b_dec = (randn(*s, seed=i).to(dtype) / 4 for i, s in enumerate(shapes))
+    sae = SAEDescription(W, b, W_dec, b_dec, kind, subtract_b_dec=True, k=5)
+    steerer, seen = attach(gpt2.to(dtype), sae, layer=LAYER), []
+    keep = lambda m, a, out: seen.append(fastsae.train.activations.output_of(out))  # noqa: E731
+    for first in (True, False):
+        steerer._module.register_forward_hook(keep, prepend=first)
+    with steerer.steer([[clamp(3, 6.0), *(scale(j, 0.5) for j in range(8, 30))]]):
+        gpt2.generate(prompt(1), max_new_tokens=5, do_sample=False, pad_token_id=1)
+    x, got = torch.cat(seen[::2], 1), torch.cat(seen[1::2], 1)
+    assert x.shape == (1, 10, D) and got.dtype == dtype
+    f = ((x.double() - b_dec.double()) @ W.double().T + b.double()).clamp(min=0)
+    if kind == "topk":
+        chosen = fastsae.ops.topk_encode(x - b_dec, W, b, 5)[1].long()
+        f = f * torch.zeros_like(f).scatter_(-1, chosen, 1.0)
+    delta = torch.zeros_like(f)
+    delta[..., 3], delta[..., 8:30] = 6.0 - f[..., 3], -0.5 * f[..., 8:30]
+    truth = x.double() + delta @ W_dec.double()
+    assert delta[..., 8:30].any()
+    bound = torch.finfo(dtype).eps / 2 * truth.abs() + 1e-5 * truth.abs().max()
+    assert bool(((got.double() - truth).abs() <= bound).all())
+
+
 def test_statistics_of_another_sae_are_refused():
     with pytest.raises(ValueError, match=r"\[3\] of another SAE, this one has 40"):
         describe(topk_sae(), MaxActivations(torch.ones(3), 9, "text"))

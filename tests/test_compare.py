@@ -21,6 +21,7 @@ from fastsae.steer.compare import (
     Outcome,
     Trial,
     compare,
+    measure,
     neutral_kl,
     padded,
     perplexity,
@@ -85,6 +86,26 @@ def test_neutral_kl():
     assert got == pytest.approx(total / count, rel=1e-3)
 
 
+@torch.no_grad()
+def test_text_is_judged_by_the_unsteered_model_without_the_prefix():
+    model, v = tiny("gpt2"), 3 * randn(D, seed=2)
+    steerer, own = attach(model, layer=1), torch.arange(2, 30)
+    trial = Trial(rows(5), rows(6, seed=1), own, frozenset([0]), Sampling(new_tokens=8))
+
+    def steered():
+        return steerer.steer([[add_vector(v)]])
+
+    for options in ({"context": steered}, {"prefix": [7, 9, 11]}):
+        got = measure(model, Numbers(), trial, CLAMP, 1.0, **options)
+        said = [int(t) for t in got.text.split()]
+        assert got.share == pytest.approx(sum(t in own for t in said) / 8)
+        assert got.perplexity == pytest.approx(perplexity(model, trial.prompts, [said]), rel=1e-5)
+    with steered():
+        other = perplexity(model, trial.prompts, [said])
+    behind = perplexity(model, [[0, 7, 9, 11, *trial.prompts[0][1:]]], [said])
+    assert abs(other / got.perplexity - 1) > 0.01 < abs(behind / got.perplexity - 1)
+
+
 def test_prompts_of_several_lengths_are_sampled_as_alone():
     model, prompts = tiny("pythia"), rows(3, 7)
     settings = Sampling(new_tokens=5, temperature=1e-4)
@@ -118,7 +139,8 @@ def test_compare_sets_what_it_says():
                   Sampling(new_tokens=6))  # fmt: skip
     v, prefixes, told = 7 * randn(D, seed=3), [[8, 9], [8, 9, 10, 11]], []
     moved = []
-    edit = steerer._edit
+    edit, steer, programs = steerer._edit, steerer.steer, []
+    steerer.steer = lambda given: programs.append(given[0][0]) or steer(given)
     steerer._edit = lambda x: moved.append((out := edit(x)) - x) or out
     got = compare(model, Numbers(), steerer, latent, unit, v, prefixes, trial, [0.0, 2.0],
                   told.append)  # fmt: skip
@@ -126,6 +148,7 @@ def test_compare_sets_what_it_says():
         (CLAMP, 0.0), (CLAMP, 2.0), (VECTOR, 0.0), (VECTOR, 2.0), (PROMPT, 1), (PROMPT, 2),
     ]  # fmt: skip
     assert len(told) == 7
+    assert [p.value for p in programs if p.latent == latent] == [0.0, 0.0, 5.0, 5.0]
     length = unit * float(sae.W_dec[latent].norm())
     assert got.added_norm == pytest.approx(length) and got.vector_norm == float(v.norm())
     added = moved[-1].reshape(-1, D)  # the vector at 2, the last that was steered
