@@ -178,7 +178,9 @@ def test_directions_are_read_and_written_raw():
 @pytest.mark.parametrize("norm", rules.NORMS)
 def test_gradcheck(norm):
     x = randn(2, 3, 6, dtype=torch.float64, seed=1).requires_grad_()
-    enc, dec, param, code = tables(2, 4, 6, torch.float64, seed=3)
+    enc, dec, param, code = tables(2, 6, 6, torch.float64, seed=3)
+    code[0] = torch.tensor([[c, rules.SIGNED, -1] for c in CODES])  # each one, and none is off
+    param[0, :, 1] = -9
     slots = torch.tensor([0, 1]).int()
     leaves = [t.requires_grad_() for t in (enc, dec, param)]
     assert torch.autograd.gradcheck(
