@@ -237,7 +237,8 @@ def compare(
     Args:
         steerer: attached to the site with the SAE.
         unit: the latent's maximum activation.
-        vector: [D], scaled here to the length that the clamp adds.
+        vector: [D], scaled here to the length that the clamp adds; for an SAE that normalises
+            its input, at a token of scale 1.
         prefixes: token ids; the n-th counts as strength n + 1.
         advance: told of every outcome.
     """
