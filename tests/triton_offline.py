@@ -111,8 +111,25 @@ def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
         "adds": len(re.findall(r"\badd\.(?:rn\.)?f32", ptx)),
         # vector width of global loads, in bits: narrow ones are where bandwidth is lost
         "loads": dict(Counter({_width(op): n for op, n in ops.items() if op.startswith("LDG")})),
+        "unordered": _unordered(ptx) if compiled.metadata.num_warps > 1 else [],
         "notes": [line for line in log.splitlines() if "serializ" in line.lower()],
     }
+
+
+def _unordered(ptx: str) -> list[str]:
+    """Stores to an address loaded before, no barrier between. Every warp loads a scalar and one
+    thread stores it: a late warp may load what was stored. A thread's own elements are no race."""
+    loaded: set[str] = set()
+    found = []
+    for line in ptx.splitlines():
+        if "bar.sync" in line:
+            loaded.clear()
+        elif access := re.search(r"(ld|st)\.global\S* .*(\[ %rd\d+ \+ \d+ \])", line):
+            if access[1] == "ld":
+                loaded.add(access[2])
+            elif access[2] in loaded:
+                found.append(line.strip())
+    return found
 
 
 def _families(ops: Counter[str], pattern: re.Pattern[str]) -> Counter[str]:

@@ -193,8 +193,10 @@ def _reselect_kernel(
     """The K best of a row's keys and of what was recorded."""
     row = tl.program_id(0).to(tl.int64)
     recorded = tl.load(recorded_ptr + _APART * row)
+    overflowed = (recorded > RECORDS) | (tl.load(overflow_ptr + row) != 0)
+    tl.debug_barrier()  # every warp has loaded what one thread now stores
     tl.store(recorded_ptr + _APART * row, 0)
-    if (recorded > RECORDS) | (tl.load(overflow_ptr + row) != 0):
+    if overflowed:
         tl.store(overflow_ptr + row, 1)
         tl.store(held_ptr + row, 0)
         # nothing but NaN passes the highest; after the last phase the row begins anew
