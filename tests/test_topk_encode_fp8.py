@@ -13,7 +13,7 @@ from fastsae.nn import TopKSAE
 pytest.importorskip("triton")
 
 from fastsae.triton_kernels import topk_encode as module
-from fastsae.triton_kernels._topk_encode_fp8 import Fp8Rows, fp8_product, unavailable
+from fastsae.triton_kernels._topk_encode_fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
 
 DEVICE = device_of("triton")
 pytestmark = pytest.mark.skipif(
@@ -103,6 +103,17 @@ def test_tiny_products():
     x, W = randn(6, 64, seed=11) * 1e-12, unit_rows(1500, 64) * 1e-12
     _, indices = fp8(x, W, None, 16)
     assert torch.equal(indices, reference.topk_encode(x, W, None, 16, True, None)[1])
+
+
+def test_a_row_of_zeros_is_settled_once():
+    """All latents tie and their scores are known: no more than k are held at the end."""
+    W = Fp8Rows(1500, 32, torch.device(DEVICE))
+    rows = unit_rows(1500, 32).to(DEVICE)
+    W.round(rows)
+    best = LikelyKeys(torch.zeros(2, 32, device=DEVICE), rows, None, None, 8)
+    best.add(torch.zeros(2, 1500, device=DEVICE), W.norms, 0, 0)
+    assert best.held.tolist() == [8, 8]
+    assert (0x7FFFFFFF - (best.finish()[:, :8] & 0x7FFFFFFF)).tolist() == [list(range(8))] * 2
 
 
 def test_codes_and_product():

@@ -134,6 +134,22 @@ def test_extra_memory_is_bounded(n, f, k):
     assert held <= 256 << 20
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts calls of a device function")
+def test_columns_beyond_the_last_are_no_candidates(monkeypatch):
+    """A padded block ends as early with a scale as without."""
+    calls, append = [], keys_module.append_keys
+    monkeypatch.setattr(keys_module, "append_keys", lambda *a: calls.append(a) or append(*a))
+    scores = torch.arange(1, 0, -0.01)[None].repeat(2, 1)  # 100 columns
+    for scale in (None, torch.ones(100)):
+        calls.clear()
+        best = keys_module.BestKeys(2, 3, DEVICE, keys_module.FilterConfig(32, 16, 4))
+        best.add(scores, None, scale, 0, 0)
+        assert len(calls) == 2 * 3  # two rows, until the third block has given a threshold
+        assert (best.finish()[:, :3] & 0x7FFFFFFF).tolist() == [
+            [0x7FFFFFFF - i for i in range(3)]
+        ] * 2
+
+
 # -- fp32 by the bounds of bf16 scores -----------------------------------------------------------
 
 
@@ -224,6 +240,83 @@ def test_bounded_settles_when_nothing_can_be_dropped(monkeypatch, slab):
     monkeypatch.setattr(bounds, "accumulation", lambda d: calls.append(d) or 10.0)
     same = assert_selects_fp32(bounded(x, W, b, 9, slab=slab), x, W, b, 9)
     assert calls and same == 1.0
+
+
+def in_order(x, W, b):
+    """Scores [N, F] by the order of `_exact_keys`: places 128 apart, then pairs of neighbours."""
+    pad = -x.shape[1] % 128
+    x, W = (torch.nn.functional.pad(t, (0, pad)) for t in (x, W))
+    sums = torch.zeros(len(x), len(W), 128)
+    for d in range(0, x.shape[1], 128):
+        sums += x[:, None, d : d + 128] * W[None, :, d : d + 128]
+    while sums.shape[2] > 1:
+        sums = sums[..., 0::2] + sums[..., 1::2]
+    return sums[..., 0] + b
+
+
+def held_keys(best):
+    """Per row columns, orders of the lower and of the upper bounds."""
+    for keys, upper, held in zip(
+        best.keys.cpu(), best.upper.cpu(), best.held.tolist(), strict=True
+    ):
+        keys = keys[:held]
+        yield 0x7FFFFFFF - (keys & 0x7FFFFFFF), keys >> 32, upper[:held]
+
+
+@pytest.fixture
+def small_bounds(monkeypatch):
+    """BoundedKeys that hold 64 candidates and look at 16 scores in one step."""
+    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
+    monkeypatch.setattr(bounds, "bounds_config", lambda k: keys_module.FilterConfig(64, 16, 4))
+    return bounds
+
+
+def test_a_pair_has_one_score_wherever_it_is_scored(small_bounds):
+    """To the bit: a threshold from scores an ulp higher would drop what the last kernel keeps."""
+    x, W, b = randn(3, 300).sign(), randn(200, 300, seed=1), randn(200, seed=2)
+    scores = in_order(x, W, b)
+    best = small_bounds.BoundedKeys(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), None, 9)
+    norms = torch.full((2, 200), 1e9, device=DEVICE)  # every latent is a candidate
+    best.add(scores.to(DEVICE), norms, 0, 0)
+    for row, (columns, lower, upper) in enumerate(held_keys(best)):
+        settled = lower == upper
+        order = upper[settled]
+        got = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+        assert len(got) == 9 and torch.equal(got, scores[row, columns[settled]])
+    values, indices = x.new_empty(3, 9), torch.empty(3, 9, dtype=torch.int32)
+    values, indices = values.to(DEVICE), indices.to(DEVICE)
+    encode_module.decode_keys(best.finish(), values, indices, False)
+    order = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(indices.cpu().long(), order.indices[:, :9])
+    assert torch.equal(values.cpu(), order.values[:, :9])
+
+
+@pytest.mark.parametrize("of", [torch.nan, 0.0])
+def test_rows_where_all_tie_are_settled_once(small_bounds, of):
+    """Later latents can but tie: they are no candidates, or every latent would be scored."""
+    x, W, b = torch.full((2, 40), of, device=DEVICE), randn(300, 40).to(DEVICE), torch.ones(300)
+    best = small_bounds.BoundedKeys(x, W, b.to(DEVICE), None, 9)
+    norms = torch.empty(2, 300, device=DEVICE)
+    small_bounds.round_rows(W, W.bfloat16(), norms)
+    best.add(torch.full((2, 300), of, device=DEVICE), norms, 0, 0)
+    assert best.held.tolist() == [9, 9]
+    for columns, _, _ in held_keys(best):
+        assert columns.tolist() == list(range(9))
+
+
+def test_latents_of_infinite_bias_are_no_candidates(small_bounds):
+    """Their score is known, which a margin as large as the bias would hide."""
+    x, W, b = randn(2, 40), randn(300, 40, seed=1), randn(300, seed=2)
+    b[::2] = -torch.inf
+    best = small_bounds.BoundedKeys(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), None, 9)
+    copy, norms = W.bfloat16().to(DEVICE), torch.empty(2, 300, device=DEVICE)
+    small_bounds.round_rows(W.to(DEVICE), copy, norms)
+    best.add((x.bfloat16().float() @ W.bfloat16().float().T).to(DEVICE), norms, 0, 0)
+    for columns, _, _ in held_keys(best):
+        assert (columns[columns >= 64] % 2 == 1).all()  # the first are taken before a threshold
+    b[:] = -torch.inf
+    _, indices = bounded(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE), 9)
+    assert indices.tolist() == [list(range(9))] * 2
 
 
 def test_bounded_not_finite():

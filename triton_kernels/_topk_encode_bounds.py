@@ -5,10 +5,11 @@ pair, every pair satisfies
 
     |s - e| <= |x - x^| |w| + |x^| |w - w^| + g |x| |w|        (Cauchy-Schwarz, twice)
 
-where g holds the rounding of both sums. A row keeps the pairs whose upper bound reaches T, the k-th
-largest lower bound so far; what remains after the last column is scored in fp32, and the k best of
-that are the k best of all. When too many remain, the program scores them at once and goes on with
-the k best: nothing is dropped for want of room. Norms that are not finite make the bound infinite.
+where g holds the rounding of both sums. A row keeps the pairs whose upper bound is above T, the
+k-th largest lower bound so far (columns ascend: an equal one loses); what remains after the last
+column is scored in fp32, and the k best of that are the k best of all. When too many remain, the
+program scores them at once and goes on with the k best: nothing is dropped for want of room. Norms
+that are not finite make the bound infinite.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from ._topk_encode_keys import (
 _EMPTY = tl.constexpr(-(2**63))
 _LOWEST = tl.constexpr(-(2**31))
 _EPS, _TINY = tl.constexpr(2.0**-20), tl.constexpr(2.0**-100)
+_LARGEST = tl.constexpr(3.4e38)  # next to fp32's
 
 GROUP, _FEW = 8, 4  # candidates scored at a time: at the end, and by a filter short of registers
 _PROGRAMS = 16  # that share a row's candidates at the end
-_BLOCK_D = 128
+_BLOCK_D, _HALVINGS = 128, tl.constexpr(7)
 
 
 def accumulation(d: int) -> float:
@@ -55,6 +57,7 @@ def _round_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK_D,), tl.float32)
     square = tl.zeros((BLOCK_D,), tl.float32)
     residual = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -62,13 +65,15 @@ def _round_rows_kernel(
         r = tl.load(rows_ptr + row * D + d, mask=d < D, other=0.0)
         low = r.to(tl.bfloat16)
         off = r - low.to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(r))
         square += r * r
         residual += off * off
         tl.store(rounded_ptr + row * D + d, low, mask=d < D)
-    # roundings of the sums, and squares that underflowed
+    # roundings of the sums, and squares that underflowed; a row of zeros lost nothing
     grow = 1.0 + (D + 32) * 2.0**-23
-    off = tl.sqrt(tl.sum(residual) * grow + D * 2.0**-125) * (1.0 + _EPS)
-    size = tl.sqrt(tl.sum(square) * grow + D * 2.0**-125) * (1.0 + _EPS) + off
+    lost = tl.where(tl.max(largest) > 0.0, D * 2.0**-125, 0.0)
+    off = tl.sqrt(tl.sum(residual) * grow + lost) * (1.0 + _EPS)
+    size = tl.sqrt(tl.sum(square) * grow + lost) * (1.0 + _EPS) + off
     # beyond 2^40 something could overflow on the way: nothing is known
     size = tl.where(size <= 2.0**40, size * (1.0 + _EPS), float("inf"))
     tl.store(norms_ptr + row, size)
@@ -86,7 +91,8 @@ def round_rows(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor) -
 def _exact_keys(
     x_row, W_ptr, bias_ptr, scale_ptr, column, inside, D, GROUP: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Keys of the fp32 scores of some latents [GROUP]."""
+    """Keys of the fp32 scores of some latents [GROUP]. Every kernel gives a pair one score, to the
+    bit: the order of the sum is written out, which tl.sum leaves to GROUP, warps and layout."""
     sums = tl.zeros((GROUP, BLOCK_D), tl.float32)
     at = W_ptr + column.to(tl.int64)[:, None] * D
     for start in range(0, D, BLOCK_D):
@@ -94,8 +100,10 @@ def _exact_keys(
         used = inside[:, None] & (d < D)[None, :]
         x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
         w = tl.load(at + d[None, :], mask=used, other=0.0).to(tl.float32)
-        sums += tl.where(used, w * x[None, :], 0.0)
-    rank = rank_scores(tl.sum(sums, axis=1), column, inside, bias_ptr, scale_ptr)
+        sums = tl.fma(w, x[None, :], sums)
+    for _ in tl.static_range(_HALVINGS):
+        sums = tl.sum(tl.reshape(sums, (GROUP, sums.shape[1] // 2, 2)), axis=2)
+    rank = rank_scores(tl.reshape(sums, (GROUP,)), column, inside, bias_ptr, scale_ptr)
     return order_keys(rank, column)
 
 
@@ -156,7 +164,7 @@ def _bounds_kernel(
     lower_ptr,  # [R, CAPACITY] int64: lower bound's order above, column inverted below
     upper_ptr,  # [R, CAPACITY] int32: upper bound's order
     held_ptr,  # [R] int32: candidates
-    threshold_ptr,  # [R] int32: order of the K-th largest lower bound so far
+    threshold_ptr,  # [R] int32: order of the K-th largest lower bound so far; an equal one loses
     stride,
     first,  # column of scores_ptr[0, 0]
     fresh,  # columns before this one have been seen
@@ -180,6 +188,8 @@ def _bounds_kernel(
     threshold = tl.load(threshold_ptr + row)
     x_size = tl.load(x_norms_ptr + row)
     x_off = tl.load(x_norms_ptr + R + row)
+    eps = tl.where(x_size == 0.0, 0.0, _EPS)  # a row of zeros: every rank is exact, all may tie
+    tiny = tl.where(x_size == 0.0, 0.0, _TINY)
     at = tl.arange(0, BLOCK)
     coming = tl.load(scores_ptr + at, mask=at < C, other=0.0)
     for start in range(0, C, BLOCK):
@@ -198,21 +208,21 @@ def _bounds_kernel(
         else:
             margin = x_off * w_size + x_size * w_off
         # the last terms: roundings that follow the sums, here and in the exact rank
-        margin += g * x_size * w_size + tl.abs(rank) * _EPS + _TINY
+        margin += g * x_size * w_size + tl.abs(rank) * eps + tiny
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
             rank += bias
-            margin += tl.abs(bias) * _EPS
+            margin += tl.minimum(tl.abs(bias), _LARGEST) * eps  # an infinite one rounds nothing
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
             rank *= scale
-            margin = margin * tl.abs(scale) + tl.abs(rank) * _EPS + _TINY
+            margin = margin * tl.abs(scale) + tl.abs(rank) * eps + tiny
         margin *= 1.0 + _EPS
-        if order_of(tl.reduce(rank + margin, 0, larger)) >= threshold:  # most blocks end here
+        if order_of(tl.reduce(rank + margin, 0, larger)) > threshold:  # most blocks end here
             low = rank - margin
             low = tl.where(low != low, _LOWEST, order_of(low))
             high = order_of(rank + margin)
-            wanted = (at >= fresh) & inside & (high >= threshold)
+            wanted = (at >= fresh) & inside & (high > threshold)
             count = tl.sum(wanted.to(tl.int32))
             if held + count > CAPACITY:
                 held, threshold = _drop_below(
@@ -225,7 +235,7 @@ def _bounds_kernel(
                     )  # fmt: skip
                     threshold = tl.maximum(threshold, kth)
                     held = tl.minimum(held, K)
-                wanted = wanted & (high >= threshold)
+                wanted = wanted & (high > threshold)
                 count = tl.sum(wanted.to(tl.int32))
             slot = held + tl.cumsum(wanted.to(tl.int32)) - 1
             key = (low.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)

@@ -85,7 +85,8 @@ def _fp8_rows_kernel(
         residual += off * off
         tl.store(codes_ptr + row * STRIDE + d, code, mask=d < STRIDE)
     unit_up = tl.where(known, unit * (1.0 + _EPS), float("inf"))
-    lost = D * 2.0**-125  # at least what powers lose that underflow
+    # at least what powers lose that underflow; a row of zeros lost nothing
+    lost = tl.where(known & (most == 0.0), 0.0, D * 2.0**-125)
     # nothing is known of a row that is not finite: every pair of it is a candidate
     R = tl.num_programs(0)
     tl.store(norms_ptr + row, tl.sqrt(tl.sum(square) + lost) * unit_up)

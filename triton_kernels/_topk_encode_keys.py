@@ -46,11 +46,11 @@ def score_of(order):
 
 @triton.jit
 def rank_scores(score, column, inside, bias_ptr, scale_ptr):
-    """(score + bias) * scale, the number that latents are ranked by."""
+    """(score + bias) * scale, the number that latents are ranked by; outside, the score."""
     if bias_ptr is not None:
         score += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        score *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        score *= tl.load(scale_ptr + column, mask=inside, other=1.0).to(tl.float32)
     return score
 
 
