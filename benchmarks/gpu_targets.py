@@ -125,11 +125,24 @@ def encode(piece: Piece) -> None:
         if not piece.has(size):
             given, clock = Inputs(size), piece.plan.clock()
             rows = run.one("topk_encode", size, given, piece.plan, clock)
-            piece.add(rows + designs(size, given, piece.plan, clock))
+            piece.add(rows + designs(ENCODERS, size, given, piece.plan, clock))
 
 
-def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[str, Any]]:
-    """Every design of the Triton encoder that can run, forced, beside the product: their table in
+def hopper(piece: Piece) -> None:
+    """The design with a product in CUDA C++, apart: what never ran on a device may hang on one."""
+    for shape in (BIG, NARROW):
+        size = piece.size(*shape)
+        if not piece.has(size):
+            piece.add(designs(["hopper"], size, Inputs(size), piece.plan, piece.plan.clock()))
+
+
+ENCODERS = ("chunked", "bounded", "fused", "fp8")
+
+
+def designs(
+    names: Sequence[str], size: Size, given: Inputs, plan: run.Plan, clock: Any
+) -> list[dict[str, Any]]:
+    """Designs of the Triton encoder, forced, beside the product: their table in
     triton_kernels/topk_encode.py is a prediction until these rows decide it."""
     x, w, unit, case = (
         given.x[0],
@@ -140,7 +153,9 @@ def designs(size: Size, given: Inputs, plan: run.Plan, clock: Any) -> list[dict[
     if _dispatch._missing("topk_encode", "triton", x.device.type, x.dtype) is not None:
         return []
     kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
-    names = [n for n in (*kernels.DESIGNS, "fp8") if kernels.runs(n, x, w, size.k)]
+    names = [n for n in names if kernels.runs(n, x, w, size.k)]
+    if not names:
+        return []
 
     def contender(name: str) -> Contender:
         def call(i: int) -> Any:
@@ -408,7 +423,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
-PIECES = {f.__name__: f for f in (encode, grid, gather, step, largest)}
+PIECES = {f.__name__: f for f in (encode, grid, gather, step, largest, hopper)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

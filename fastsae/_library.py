@@ -85,6 +85,11 @@ lib.define("_cpu_level() -> str")
 lib.define("_cpu_levels() -> str")
 lib.define("_set_cpu_level(str level) -> ()")
 lib.define("_topk_encode_stats() -> Tensor")
+lib.define(  # a part of topk_encode: see csrc/cuda/topk_encode.cu
+    "topk_encode_record_cuda(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? rank_scale, "
+    "Tensor threshold, int begin, int end, Tensor(a!) scores, Tensor(b!) columns, "
+    "Tensor(c!) recorded) -> ()"
+)
 lib.define("_topk_encode_bounds(Tensor x, Tensor W_enc, Tensor b_enc) -> (Tensor, Tensor, Tensor)")
 
 

@@ -1,6 +1,7 @@
 """Builds csrc/cuda/<op>.cu as C++ against cuda_on_host.h and loads it: the CUDA kernels on the CPU.
 
-The library registers `fastsae::<op>_cuda` for CPU tensors, so `use_backend("cuda")` runs them.
+The library registers `fastsae::<op>_cuda` for CPU tensors, so `use_backend("cuda")` runs them; that
+of topk_encode has a part of it only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from fastsae import _dispatch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {p.stem: p for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
-SHIM = Path(__file__).with_name("cuda_on_host.h")
+SHIM = [Path(__file__).with_name(name) for name in ("cuda_on_host.h", "hopper_on_host.h")]
+REGISTERED = {op: f"fastsae::{op}_cuda" for op in SOURCES} | {
+    "topk_encode": "fastsae::topk_encode_record_cuda"
+}
 FLAGS = [
     "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
     "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function",
@@ -31,22 +35,27 @@ FLAGS = [
 def digest(source: Path, *command: str) -> str:
     """Changes with the source, its headers and how it is compiled."""
     headers = sorted(p for d in ("common", "cuda") for p in (ROOT / "csrc" / d).glob("*.h"))
-    files = [source, *headers, Path(__file__), SHIM]
+    files = [source, *headers, Path(__file__), *SHIM]
     text = (
         b"".join(p.read_bytes() for p in files) + " ".join([torch.__version__, *command]).encode()
     )
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _build(op: str, cxx: str) -> Path:
-    library = ROOT / "build" / "cuda_host" / f"{op}-{digest(SOURCES[op], cxx, *FLAGS)}.so"
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def build(source: Path, cxx: str) -> Path:
+    name = f"{source.stem}-{digest(source, cxx, *FLAGS)}.so"
+    library = ROOT / "build" / "cuda_host" / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         temporary = library.with_suffix(f".{os.getpid()}")
         home = Path(torch.__file__).parent
         folders = [f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", f"-isystem{home / 'include'}"]
         link = ["-o", str(temporary), f"-L{home / 'lib'}", "-ltorch_cpu"]
-        command = [*cxx.split(), *FLAGS, *folders, str(SOURCES[op]), *link]
+        command = [*cxx.split(), *FLAGS, *folders, str(source), *link]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr
         assert not built.stderr, f"warnings:\n{built.stderr}"
@@ -57,11 +66,11 @@ def _build(op: str, cxx: str) -> Path:
 @cache
 def load() -> str | None:
     """Builds and loads the kernels of every op; returns why not, or None when they are there."""
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    cxx = compiler()
     if cxx is None:
         return "no C++ compiler to build the CUDA kernels for the CPU"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for library in pool.map(lambda op: _build(op, cxx), SOURCES):
+        for library in pool.map(lambda source: build(source, cxx), SOURCES.values()):
             torch.ops.load_library(str(library))
     _dispatch._missing.cache_clear()
     _dispatch._select.cache_clear()

@@ -4,15 +4,18 @@
 // Every thread of a block is a fiber; blocks run one after another. A fiber runs until it reaches a
 // barrier or a warp operation, and the order in which fibers run is reversed every round, so that a
 // missing barrier shows. Shared memory is poisoned before every block. What would hang on a GPU
-// (divergent barriers, a warp of which some lanes wait elsewhere) throws. Not modelled: races
-// between blocks, memory ordering, inline PTX, tensor cores, asynchronous copies.
+// (divergent barriers, a warp of which some lanes wait elsewhere) throws. The blocks of a cluster run
+// together, and what sm_90 adds is in hopper_on_host.h. Not modelled: races between blocks, memory
+// ordering.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -24,6 +27,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -42,7 +46,17 @@ namespace cuda_on_host {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 << 10;
-enum class Wait { kNone, kBlock, kWarp };
+enum class Wait { kNone, kBlock, kWarp, kCluster, kUntil };
+
+// A product that a thread asked the tensor cores for, and the batch it belongs to.
+struct Product {
+  std::function<void()> form;
+  int batch;
+};
+
+struct Named {
+  int arrived = 0, turn = 0;
+};
 
 struct Fiber {
   std::unique_ptr<char[]> stack;
@@ -50,18 +64,33 @@ struct Fiber {
   jmp_buf at;
   bool started = false, done = true;
   Wait wait = Wait::kNone;
+  std::function<bool()> until;  // of Wait::kUntil
   int warp_ops = 0;
+  std::deque<Product> products;
+  int batch = 0;
 };
 
+// The blocks that run together: one, or a cluster's.
 struct Block {
-  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block
-  int threads = 0, current = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block; block by block
+  int threads = 0, blocks = 0, current = 0;
+  unsigned first = 0;  // index of the first block
   jmp_buf scheduler;
   std::function<void()> body;
   std::vector<uint64_t> slot[2];  // values exchanged in a warp; two, so that one wait is enough
   std::vector<int> vote;
   std::vector<char> shared;
-  char* shared_begin = nullptr;
+  std::vector<char*> shared_begin;            // of each block
+  std::vector<std::function<void()>> later;   // what a GPU does beside the threads, in any order
+  std::vector<std::array<Named, 16>> named;   // barriers of each block
+  uint32_t coins = 1;
+
+  int all() const { return threads * blocks; }
+  int own() const { return current / threads; }  // which of the blocks
+  bool coin() {
+    coins = coins * 1664525u + 1013904223u;
+    return coins >> 31;
+  }
 };
 inline thread_local Block block;
 
@@ -69,6 +98,12 @@ inline void wait(Wait what) {
   Fiber& me = *block.fibers[block.current];
   me.wait = what;
   if (_setjmp(me.at) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void wait_until(std::function<bool()> over) {
+  if (over()) return;
+  block.fibers[block.current]->until = std::move(over);
+  wait(Wait::kUntil);
 }
 
 inline void fiber_main() {
@@ -82,7 +117,8 @@ inline void fiber_main() {
 inline void resume(int thread) {
   Fiber& fiber = *block.fibers[thread];
   block.current = thread;
-  threadIdx.x = static_cast<unsigned>(thread);
+  threadIdx.x = static_cast<unsigned>(thread % block.threads);
+  blockIdx.x = block.first + static_cast<unsigned>(thread / block.threads);
   if (_setjmp(block.scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.at, 1);
   fiber.started = true;
@@ -95,48 +131,79 @@ inline void resume(int thread) {
   setcontext(&fiber.first);
 }
 
-// Lets the warps go on whose live lanes all wait for a warp operation.
-inline bool release_warps() {
+// Lets groups of `size` fibers go on whose live ones all wait for `what`.
+inline bool release(Wait what, int size) {
   bool any = false;
-  for (int first = 0; first < block.threads; first += kWarp) {
+  for (int first = 0; first < block.all(); first += size) {
     int live = 0, waiting = 0;
-    const int end = first + kWarp < block.threads ? first + kWarp : block.threads;
-    for (int i = first; i < end; ++i) {
+    for (int i = first; i < first + size; ++i) {
       live += !block.fibers[i]->done;
-      waiting += !block.fibers[i]->done && block.fibers[i]->wait == Wait::kWarp;
+      waiting += !block.fibers[i]->done && block.fibers[i]->wait == what;
     }
     if (waiting == 0 || waiting < live) continue;
-    for (int i = first; i < end; ++i) block.fibers[i]->wait = Wait::kNone;
+    for (int i = first; i < first + size; ++i) block.fibers[i]->wait = Wait::kNone;
     any = true;
   }
   return any;
 }
 
-inline void run_block() {
-  for (int i = 0; i < block.threads; ++i) {
+inline bool release_whose_time_came() {
+  bool any = false;
+  for (int i = 0; i < block.all(); ++i) {
+    Fiber& fiber = *block.fibers[i];
+    if (fiber.done || fiber.wait != Wait::kUntil || !fiber.until()) continue;
+    fiber.wait = Wait::kNone;
+    any = true;
+  }
+  return any;
+}
+
+inline void do_one_later() {
+  const size_t i = block.coin() ? 0 : block.later.size() - 1;
+  const auto act = std::move(block.later[i]);
+  block.later.erase(block.later.begin() + static_cast<int64_t>(i));
+  act();
+}
+
+inline void run_blocks() {
+  block.later.clear();
+  block.named.assign(block.blocks, {});
+  for (int i = 0; i < block.all(); ++i) {
     Fiber& fiber = *block.fibers[i];
     fiber.done = false;
     fiber.wait = Wait::kNone;
-    fiber.warp_ops = 0;
+    fiber.warp_ops = fiber.batch = 0;
+    fiber.products.clear();
   }
   for (bool backwards = false;; backwards = !backwards) {
-    for (int j = 0; j < block.threads; ++j) {
-      const int i = backwards ? block.threads - 1 - j : j;
-      if (!block.fibers[i]->done && block.fibers[i]->wait == Wait::kNone) resume(i);
+    bool ran = false, held_back = false;
+    for (int j = 0; j < block.all(); ++j) {
+      const int i = backwards ? block.all() - 1 - j : j;
+      if (block.blocks > 1 && j % kWarp == 0) held_back = block.coin() && block.coin();
+      if (held_back || block.fibers[i]->done || block.fibers[i]->wait != Wait::kNone) continue;
+      resume(i);
+      ran = true;
     }
-    if (release_warps()) continue;
+    if (release(Wait::kWarp, kWarp) || ran) continue;
+    if (release_whose_time_came() || release(Wait::kBlock, block.threads)) continue;
+    if (release(Wait::kCluster, block.all())) continue;
+    if (!block.later.empty()) {
+      do_one_later();
+      continue;
+    }
     int live = 0, at_barrier = 0;
-    for (int i = 0; i < block.threads; ++i) {
-      live += !block.fibers[i]->done;
-      at_barrier += !block.fibers[i]->done && block.fibers[i]->wait == Wait::kBlock;
+    bool ready = false;
+    for (int i = 0; i < block.all(); ++i) {
+      const Fiber& fiber = *block.fibers[i];
+      live += !fiber.done;
+      at_barrier += !fiber.done && fiber.wait == Wait::kBlock;
+      ready |= !fiber.done && fiber.wait == Wait::kNone;
     }
     if (live == 0) return;
-    if (at_barrier < live) {
-      block.fibers.clear();
-      throw std::runtime_error("cuda_on_host: this would hang: " + std::to_string(at_barrier) +
-                               " of " + std::to_string(live) + " live threads at __syncthreads");
-    }
-    for (int i = 0; i < block.threads; ++i) block.fibers[i]->wait = Wait::kNone;
+    if (ready) continue;
+    block.fibers.clear();
+    throw std::runtime_error("cuda_on_host: this would hang: " + std::to_string(at_barrier) +
+                             " of " + std::to_string(live) + " live threads at __syncthreads");
   }
 }
 
@@ -148,7 +215,7 @@ T exchange(T value, int source) {
   slot[me] = 0;
   std::memcpy(slot + me, &value, sizeof(T));
   wait(Wait::kWarp);
-  if (source < block.threads) std::memcpy(&value, slot + source, sizeof(T));
+  if (source < block.all()) std::memcpy(&value, slot + source, sizeof(T));
   return value;
 }
 
@@ -160,7 +227,7 @@ unsigned lanes(uint64_t value, const F& f) {
   slot[me] = value;
   wait(Wait::kWarp);
   unsigned mask = 0;
-  for (int i = first; i < first + kWarp && i < block.threads; ++i) {
+  for (int i = first; i < first + kWarp; ++i) {
     if (!block.fibers[i]->done && f(slot[i])) mask |= 1u << (i - first);
   }
   return mask;
@@ -168,7 +235,7 @@ unsigned lanes(uint64_t value, const F& f) {
 
 template <class T>
 T& dynamic_shared() {
-  return *reinterpret_cast<T*>(block.shared_begin);
+  return *reinterpret_cast<T*>(block.shared_begin[block.own()]);
 }
 
 // Stands in for the CUDA stream: a launch runs at once.
@@ -179,30 +246,53 @@ class Queue {
 
   template <class... P, class... A>
   void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, A... args) const {
-    if (threads <= 0 || threads > 1024 || threads % kWarp || shared > (163u << 10)) {
-      throw std::runtime_error("cuda_on_host: a launch that sm_80 would refuse");
-    }
-    block.threads = threads;
-    while (static_cast<int>(block.fibers.size()) < threads) {
-      block.fibers.push_back(std::make_unique<Fiber>());
-    }
-    for (auto& slot : block.slot) slot.resize(threads);
-    block.vote.resize(threads);
-    block.body = [=] { kernel(static_cast<P>(args)...); };
-    blockDim.x = static_cast<unsigned>(threads);
-    gridDim.x = static_cast<unsigned>(blocks);
-    block.shared.resize(shared + 16);
-    block.shared_begin = block.shared.data();
-    while (reinterpret_cast<uintptr_t>(block.shared_begin) % 16) ++block.shared_begin;
-    for (int64_t b = 0; b < blocks; ++b) {
-      blockIdx.x = static_cast<unsigned>(b);
-      std::memset(block.shared_begin, 0xcd, shared);
-      run_block();
-    }
+    if (shared > (163u << 10)) refuse();
+    run(kernel, blocks, 1, threads, shared, args...);
+  }
+
+  // Three clusters, as if the device were that small.
+  template <class... P, class... A>
+  void launch_clusters(void (*kernel)(P...), int64_t most, int size, int threads, size_t shared,
+                       A... args) const {
+    if (shared > (227u << 10)) refuse();
+    run(kernel, size * (most < 3 ? most : 3), size, threads, shared, args...);
   }
 
   uint32_t read(const uint32_t* p) const { return *p; }
   void zero(void* p, size_t bytes) const { std::memset(p, 0, bytes); }
+
+ private:
+  [[noreturn]] static void refuse() {
+    throw std::runtime_error("cuda_on_host: a launch that a GPU would refuse");
+  }
+
+  template <class... P, class... A>
+  static void run(void (*kernel)(P...), int64_t blocks, int cluster, int threads, size_t shared,
+                  A... args) {
+    if (threads <= 0 || threads > 1024 || threads % kWarp) refuse();
+    block.threads = threads;
+    block.blocks = cluster;
+    while (static_cast<int>(block.fibers.size()) < block.all()) {
+      block.fibers.push_back(std::make_unique<Fiber>());
+    }
+    for (auto& slot : block.slot) slot.resize(block.all());
+    block.vote.resize(block.all());
+    block.body = [=] { kernel(static_cast<P>(args)...); };
+    blockDim.x = static_cast<unsigned>(threads);
+    gridDim.x = static_cast<unsigned>(blocks);
+    // On a GPU all of a cluster begin at the same offset; only 16 bytes are sure.
+    const size_t stride = (shared + 2047) / 1024 * 1024;
+    block.shared.resize(stride * cluster + 1024);
+    char* begin = block.shared.data();
+    while (reinterpret_cast<uintptr_t>(begin) % 1024 != 16) ++begin;
+    block.shared_begin.clear();
+    for (int i = 0; i < cluster; ++i) block.shared_begin.push_back(begin + stride * i);
+    for (int64_t b = 0; b < blocks; b += cluster) {
+      block.first = static_cast<unsigned>(b);
+      for (char* own : block.shared_begin) std::memset(own, 0xcd, shared);
+      run_blocks();
+    }
+  }
 };
 
 }  // namespace cuda_on_host
@@ -214,7 +304,7 @@ inline int __syncthreads_count(int vote) {
   b.vote[b.current] = vote != 0;
   __syncthreads();
   int count = 0;
-  for (int i = 0; i < b.threads; ++i) count += !b.fibers[i]->done && b.vote[i];
+  for (int i = b.own() * b.threads; i < (b.own() + 1) * b.threads; ++i) count += !b.fibers[i]->done && b.vote[i];
   __syncthreads();
   return count;
 }

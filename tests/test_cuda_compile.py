@@ -69,6 +69,37 @@ def test_compiles_without_spills_for_every_architecture(reports):
         assert SPILL.findall(text) == [], op
 
 
+@pytest.mark.slow
+def test_the_product_of_topk_encode_is_what_was_counted(reports):
+    """As benchmarks/NOTES.md says: tensor cores fed from shared memory, no fence of all memory."""
+    archs, outputs = reports
+    if "sm_90a" not in archs:
+        pytest.skip("this nvcc does not know sm_90a")
+    tool = Path(triton_tools()) / "cuobjdump"
+    path = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    command = [tool, "-sass", "-arch", "sm_90a", outputs["topk_encode"].with_suffix(".o")]
+    text = subprocess.run(command, env=path, capture_output=True, text=True, check=True).stdout
+    kernels = text.split("Function : ")[1:]
+    assert len(kernels) == 4  # bf16, fp16; with rank_scale and without
+    for kernel in kernels:
+        name, *_ = kernel.split()
+        code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?(\w+)(\S*)", kernel)
+        products = [i for i, (what, _) in enumerate(code) if what == "HGMMA"]
+        loop = {what for what, _ in code[products[0] : products[-1]]}
+        assert all(code[i][1].startswith(".64x256x16.F32") for i in products), name
+        assert not loop & {"MEMBAR", "CCTL", "STL", "LDL", "STG"}, (name, loop)
+        loads = {kind for what, kind in code if what == "UTMALDG"}
+        assert loads == {".2D", ".2D.MULTICAST"}, name
+        vote = next(i for i, (what, _) in enumerate(code) if what == "VOTE")
+        # for 128 scores of a thread, of which most are not recorded
+        assert vote - products[-1] <= (400 if "Lb0" in name else 560), name
+
+
+def triton_tools() -> Path:
+    nvidia = pytest.importorskip("triton.backends.nvidia")
+    return Path(nvidia.__file__).parent / "bin"
+
+
 TORCH_CUDA = r"""
 int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }
 void torch_c10_cuda_check_msg(int e, const char* f, const char* g, unsigned l, int b, char** m) {}
@@ -93,7 +124,7 @@ def test_links_and_registers_every_op(reports, tmp_path):
 import torch, fastsae
 torch.ops.load_library({str(library)!r})
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-print([op for op in {list(cuda_host.SOURCES)} if not has(f"fastsae::{{op}}_cuda", "CUDA")])
+print([op for op in {list(cuda_host.REGISTERED.values())} if not has(op, "CUDA")])
 """
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "LD_BIND_NOW": "1"}
     run = subprocess.run(
@@ -153,6 +184,5 @@ def test_the_shim_finds_missing_and_divergent_barriers(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of the ops use the GPU")
 def test_every_cuda_file_runs_on_the_cpu():
     assert cuda_host.load() is None
-    for op in cuda_host.SOURCES:
-        key = f"fastsae::{op}_cuda"
+    for key in cuda_host.REGISTERED.values():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "CPU")

@@ -9,6 +9,9 @@ from one other kernel, so that equal latents still tie.
 The 8 scores of a record are those of columns c + {0, 1, 8, 9, 16, 17, 24, 25}: what a thread holds
 of 32 columns of a wgmma accumulator. Rows are renumbered so that the plain layout of the stores is
 the accumulator's, and nothing passes through shared memory.
+
+"hopper" is the same with the product of csrc/cuda/topk_encode.cu: sm_90, where the CUDA library is
+built.
 """
 
 from __future__ import annotations
@@ -229,25 +232,35 @@ def fused_keys(
     rank_scale: torch.Tensor | None,
     config: FusedConfig,
     programs: int,
+    hopper: bool = False,
 ) -> tuple[BestKeys, torch.Tensor]:
-    """The k best of every row, in no order, and [R] int32: 1 where a row is still to do."""
+    """The k best of every row, in no order, and [R] int32: 1 where a row is still to do.
+
+    hopper: by the CUDA C++ product; of the config it takes `records` and the phases.
+    """
     (rows, d), f = x.shape, W_enc.shape[0]
     best = BestKeys(rows, k, x.device)
     scores = torch.empty(rows, config.records, 8, dtype=torch.float32, device=x.device)
     columns = torch.empty(rows, config.records, dtype=torch.int32, device=x.device)
     recorded = torch.zeros(rows, _APART.value, dtype=torch.int32, device=x.device)
     overflow = torch.zeros(rows, dtype=torch.int32, device=x.device)
-    x_tiles = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
-    W_tiles = TensorDescriptor.from_tensor(W_enc, [config.block_f, config.block_d])
+    if not hopper:
+        x_tiles = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
+        W_tiles = TensorDescriptor.from_tensor(W_enc, [config.block_f, config.block_d])
     for begin, end in config.phases(k, f):
-        tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(end - begin, config.block_f)
-        _record_kernel[(min(programs, tiles),)](
-            x_tiles, W_tiles, b_enc, rank_scale, scores, columns, recorded, best.threshold,
-            rows, d, f, begin, end,
-            BLOCK_N=config.block_n, BLOCK_F=config.block_f, BLOCK_D=config.block_d,
-            WIDTH=config.width, RECORDS=config.records,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        if hopper:
+            torch.ops.fastsae.topk_encode_record_cuda(
+                x, W_enc, b_enc, rank_scale, best.threshold, begin, end, scores, columns, recorded
+            )
+        else:
+            tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(end - begin, config.block_f)
+            _record_kernel[(min(programs, tiles),)](
+                x_tiles, W_tiles, b_enc, rank_scale, scores, columns, recorded, best.threshold,
+                rows, d, f, begin, end,
+                BLOCK_N=config.block_n, BLOCK_F=config.block_f, BLOCK_D=config.block_d,
+                WIDTH=config.width, RECORDS=config.records,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
         _reselect_kernel[(rows,)](
             scores, columns, recorded, best.keys, best.held, best.threshold, overflow, k, f,
             RECORDS=config.records, LAST=end == f, **best.config.sizes(),

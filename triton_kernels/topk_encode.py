@@ -4,7 +4,8 @@
 kernel that keeps every row's k best so far. Any k, F, D and dtype. "bounded": fp32 inputs are
 filtered by products of bf16 copies with a proven error bound (`_topk_encode_bounds`). "fused": the
 filter in the epilogue of a persistent product (`_topk_encode_fused`), bf16 and fp16, sm_90 and
-later. All three select the same. "fp8", never chosen by itself: products of fp8 copies with a
+later. "hopper": that with a product in CUDA C++ (csrc/cuda/topk_encode.cu), sm_90. All select the
+same. "fp8", never chosen by itself: products of fp8 copies with a
 statistical margin (`_topk_encode_fp8`), which can miss a latent.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -94,6 +96,7 @@ def select_fused(
     rank_scale: torch.Tensor | None,
     chunks: Chunks,
     config: FusedConfig | None = None,
+    hopper: bool = False,
 ) -> torch.Tensor:
     """The same by the fused product; k up to MAX_FUSED. Rows that overflowed are then taken through
     the chunks, by launches that find nothing to do where there are none."""
@@ -102,7 +105,8 @@ def select_fused(
         config = config or fused_config(torch.cuda.get_device_capability(x.device))
     else:
         programs = 3  # interpreted
-    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config or FusedConfig(), programs)
+    config = config or FusedConfig()
+    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config, programs, hopper)
     columns = chunks.columns(len(x), len(W_enc))
     slab = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
     _add_columns(best, slab, x, W_enc, b_enc, rank_scale, overflow)
@@ -172,11 +176,11 @@ _FUSED_CHUNKS = Chunks(rows=4096, slab=1 << 25)
 _FUSED = ({"n": 2048, "f": 16384, "d": 2048},)
 
 
-DESIGNS = ("chunked", "bounded", "fused")  # exact; "fp8" must be asked for
+DESIGNS = ("chunked", "bounded", "fused", "hopper")  # exact; "fp8" must be asked for
 
 
 def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
-    """Whether a design can take a call. The fused product needs TMA and rows on 16 bytes, which a
+    """Whether a design can take a call. The fused products need TMA and rows on 16 bytes, which a
     view into other memory may not have."""
     if design == "bounded":
         return x.dtype == torch.float32 and k <= MAX_SORTED
@@ -184,13 +188,25 @@ def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
         return k <= MAX_SORTED and unavailable(x.device) is None
     if design == "chunked":
         return True
-    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8:
+    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8 or x.numel() == 0:
         return False
     if x.data_ptr() % 16 or W_enc.data_ptr() % 16:
         return False
+    if design == "hopper" and not _has_hopper(x.device.type.upper()):
+        return False
     if not x.is_cuda:
         return True  # interpreted
-    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+    if torch.version.hip is not None:
+        return False
+    capability = torch.cuda.get_device_capability(x.device)
+    return capability == (9, 0) if design == "hopper" else capability[0] >= 9
+
+
+def _has_hopper(key: str) -> bool:
+    """Whether the CUDA library is loaded; tests build the same for the CPU (tests/cuda_host.py)."""
+    op = "fastsae::topk_encode_record_cuda"
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+    return has
 
 
 def design_of(x: torch.Tensor, W_enc: torch.Tensor, k: int) -> str:
@@ -198,6 +214,7 @@ def design_of(x: torch.Tensor, W_enc: torch.Tensor, k: int) -> str:
     (n, d), f = x.shape, len(W_enc)
     if x.dtype == torch.float32:
         return "bounded" if bounds_pay(n, d, f, k) else "chunked"
+    # never "hopper", which must have run on a device first: a fault in it could hang
     pays = any(n >= row["n"] and f >= row["f"] and d <= row["d"] for row in _FUSED)
     return "fused" if pays and runs("fused", x, W_enc, k) else "chunked"
 
@@ -274,10 +291,11 @@ def topk_encode(
     values = x.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
     design = design or design_of(x, W_enc, k)
-    chunks = _FUSED_CHUNKS if design == "fused" else Chunks()
+    chunks = _FUSED_CHUNKS if design in ("fused", "hopper") else Chunks()
     select = dict(
-        chunked=select_chunked, bounded=select_bounded, fused=select_fused, fp8=select_likely
-    )[design]
+        chunked=select_chunked, bounded=select_bounded, fused=select_fused,
+        hopper=partial(select_fused, hopper=True), fp8=select_likely,
+    )[design]  # fmt: skip
     if design == "fp8" and (why := unavailable(x.device)) is not None:
         raise RuntimeError(f"topk_encode: filter='fp8' cannot run: {why}")
     with on_device(x):

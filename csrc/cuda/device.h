@@ -61,15 +61,24 @@ class Queue {
   void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, A... args) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "a grid of ", blocks, " blocks is too large");
-    if (shared > 48 << 10) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared)));
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared;
-    config.stream = stream_;
+    const cudaLaunchConfig_t config = configure(kernel, blocks, threads, shared);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
+  }
+
+  // Clusters of `size` blocks, as many as the device can run at once, but at most `most`.
+  template <class... P, class... A>
+  void launch_clusters(void (*kernel)(P...), int64_t most, int size, int threads, size_t shared,
+                       A... args) const {
+    cudaLaunchConfig_t config = configure(kernel, size, threads, shared);
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    STD_TORCH_CHECK(clusters > 0, "the device has no room for a cluster of ", size, " blocks");
+    config.gridDim.x = static_cast<unsigned>(size * (most < clusters ? most : clusters));
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
   }
 
@@ -86,6 +95,20 @@ class Queue {
   }
 
  private:
+  template <class Kernel>
+  cudaLaunchConfig_t configure(Kernel kernel, int64_t blocks, int threads, size_t shared) const {
+    if (shared > 48 << 10) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared)));
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    return config;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
