@@ -22,6 +22,7 @@ from ._configuration import Configuration
 from ._topk_encode_keys import (
     MAX_SORTED,
     FilterConfig,
+    inner_products,
     keep_best,
     key_column,
     kth_largest,
@@ -91,19 +92,9 @@ def round_rows(rows: torch.Tensor, rounded: torch.Tensor, norms: torch.Tensor) -
 def _exact_keys(
     x_row, W_ptr, bias_ptr, scale_ptr, column, inside, D, GROUP: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Keys of the fp32 scores of some latents [GROUP]. Every kernel gives a pair one score, to the
-    bit: the order of the sum is written out, which tl.sum leaves to GROUP, warps and layout."""
-    sums = tl.zeros((GROUP, BLOCK_D), tl.float32)
-    at = W_ptr + column.to(tl.int64)[:, None] * D
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        used = inside[:, None] & (d < D)[None, :]
-        x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
-        w = tl.load(at + d[None, :], mask=used, other=0.0).to(tl.float32)
-        sums = tl.fma(w, x[None, :], sums)
-    for _ in tl.static_range(_HALVINGS):
-        sums = tl.sum(tl.reshape(sums, (GROUP, sums.shape[1] // 2, 2)), axis=2)
-    rank = rank_scores(tl.reshape(sums, (GROUP,)), column, inside, bias_ptr, scale_ptr)
+    """Keys of the fp32 scores of some latents [GROUP]."""
+    sums = inner_products(x_row, W_ptr, column, inside, D, GROUP, BLOCK_D, _HALVINGS)
+    rank = rank_scores(sums, column, inside, bias_ptr, scale_ptr)
     return order_keys(rank, column)
 
 

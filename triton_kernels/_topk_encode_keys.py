@@ -55,6 +55,27 @@ def rank_scores(score, column, inside, bias_ptr, scale_ptr):
 
 
 @triton.jit
+def inner_products(
+    x_row, W_ptr, latent, inside, D,
+    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """<x, W_enc[latent]> of some latents [GROUP], fp32. Every kernel gives a pair one score, to the
+    bit: the order of the sum is written out, which tl.sum leaves to GROUP, warps and layout.
+    HALVINGS: log2 of BLOCK_D."""
+    sums = tl.zeros((GROUP, BLOCK_D), tl.float32)
+    at = W_ptr + latent.to(tl.int64)[:, None] * D
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        used = inside[:, None] & (d < D)[None, :]
+        x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(at + d[None, :], mask=used, other=0.0).to(tl.float32)
+        sums = tl.fma(w, x[None, :], sums)
+    for _ in tl.static_range(HALVINGS):
+        sums = tl.sum(tl.reshape(sums, (GROUP, sums.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(sums, (GROUP,))
+
+
+@triton.jit
 def larger(a, b):
     """The larger of two scores; NaN is above all."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -8,24 +8,11 @@ import triton.language as tl
 
 from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
-from ._topk_encode_keys import order_keys, rank_scores
+from ._topk_encode_keys import inner_products, order_keys, rank_scores
 
 _LATENTS = 16  # rows of W_enc that a program holds a block of
-_BLOCK_D = 256
+_BLOCK_D, _HALVINGS = 128, tl.constexpr(7)
 _WARPS = 4
-
-
-@triton.jit
-def _dots(x_row, w_ptr, latent, inside, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK] inner products; a latent's sum depends on neither its place nor its neighbours."""
-    sums = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        used = inside[:, None] & (d < D)[None, :]
-        x = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + latent[:, None] * D + d[None, :], mask=used, other=0.0)
-        sums += tl.where(used, w.to(tl.float32) * x[None, :], 0.0)
-    return tl.sum(sums, axis=1)
 
 
 @triton.jit
@@ -50,7 +37,7 @@ def _topk_member_keys_kernel(
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     latent = tl.load(latents_ptr + n // N_LIST * J + j, mask=j < J, other=-1)
     inside = (latent >= 0) & (latent < F)
-    score = _dots(x_ptr + n * D, w_ptr, latent.to(tl.int64), inside, D, BLOCK, BLOCK_D)
+    score = inner_products(x_ptr + n * D, w_ptr, latent, inside, D, BLOCK, BLOCK_D, _HALVINGS)
     rank = rank_scores(score, latent, inside, bias_ptr, scale_ptr)
     member = inside
     if POSITIVE:
@@ -87,7 +74,7 @@ def _topk_member_count_kernel(
     if lowest < K:
         latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = latent < F
-        score = _dots(x_ptr + n * D, w_ptr, latent.to(tl.int64), inside, D, BLOCK, BLOCK_D)
+        score = inner_products(x_ptr + n * D, w_ptr, latent, inside, D, BLOCK, BLOCK_D, _HALVINGS)
         own = order_keys(rank_scores(score, latent, inside, bias_ptr, scale_ptr), latent)
         for start in range(0, J, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
