@@ -22,8 +22,8 @@ state=${STATE:-build/gpu_suite}/$commit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # name, limit in seconds; 600 in all
-stages="build:120 tests:95 sanitizer:40 bench:50 plots:45 encode:55 grid:60 gather:30 step:50
-  largest:25 hopper:20 report:10"
+stages="build:100 tests:95 sanitizer:40 bench:50 plots:45 encode:55 grid:60 gather:30 step:50
+  largest:25 hopper:40 report:10"
 
 case ${1:-} in
   "" ) ;;
@@ -81,7 +81,7 @@ stage_gather() { targets gather; }
 stage_step() { targets step; }
 stage_largest() { targets largest; }
 stage_hopper() {
-  timeout --kill-after=2 12 "$python" -m pytest -q -p no:cacheprovider \
+  timeout --kill-after=2 30 "$python" -m pytest -q -p no:cacheprovider \
     tests/test_topk_encode_hopper.py && targets hopper
 }
 stage_report() { "$python" benchmarks/gpu_targets.py report --state "$state"; }
