@@ -165,6 +165,15 @@ inline void do_one_later() {
   act();
 }
 
+inline void check_nothing_is_left() {
+  bool left = !block.later.empty();
+  for (int i = 0; i < block.all(); ++i) left |= !block.fibers[i]->products.empty();
+  for (const auto& own : block.named) {
+    for (const Named& named : own) left |= named.arrived != 0;
+  }
+  if (left) throw std::runtime_error("cuda_on_host: a block ended before what it had begun");
+}
+
 inline void run_blocks() {
   block.later.clear();
   block.named.assign(block.blocks, {});
@@ -187,10 +196,6 @@ inline void run_blocks() {
     if (release(Wait::kWarp, kWarp) || ran) continue;
     if (release_whose_time_came() || release(Wait::kBlock, block.threads)) continue;
     if (release(Wait::kCluster, block.all())) continue;
-    if (!block.later.empty()) {
-      do_one_later();
-      continue;
-    }
     int live = 0, at_barrier = 0;
     bool ready = false;
     for (int i = 0; i < block.all(); ++i) {
@@ -199,8 +204,12 @@ inline void run_blocks() {
       at_barrier += !fiber.done && fiber.wait == Wait::kBlock;
       ready |= !fiber.done && fiber.wait == Wait::kNone;
     }
-    if (live == 0) return;
+    if (live == 0) return check_nothing_is_left();
     if (ready) continue;
+    if (!block.later.empty()) {
+      do_one_later();
+      continue;
+    }
     block.fibers.clear();
     throw std::runtime_error("cuda_on_host: this would hang: " + std::to_string(at_barrier) +
                              " of " + std::to_string(live) + " live threads at __syncthreads");
