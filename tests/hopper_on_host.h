@@ -49,7 +49,14 @@ struct Barrier {
     bytes += more;
     arrived();
   }
-  void arrive(uint32_t rank) { there(rank).arrived(); }
+  void arrive(uint32_t rank) {
+    bool live = false;
+    for (int i = 0; i < block.threads; ++i) {
+      live |= !block.fibers[static_cast<int>(rank) * block.threads + i]->done;
+    }
+    if (!live) fail("an arrival at a block that has ended");
+    there(rank).arrived();
+  }
   void wait(uint32_t parity) {
     cuda_on_host::wait_until([=] { return (phase & 1) != parity; });
   }

@@ -179,6 +179,7 @@ FAULTS = {
     "sums are read before they are formed": ("wait_products<0>(acc);", ""),
     "a tile is given back too early": ("wait_products<1>(acc);", "wait_products<2>(acc);"),
     "a tile's other half comes from nowhere": ("latent, d, (1 << kBlocks) - 1)", "latent, d)"),
+    "a block ends before the other arrives": ("cluster_sync();  // the other block", "//"),
 }
 RUN = """
 import sys, torch
