@@ -103,6 +103,8 @@ def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_pat
     grid = {"rows": [{**row, "backend": "auto", "ms": 1.5, "peak_mb": 40.0}, eager]}
     (tmp_path / "encode.json").write_text(json.dumps(encode))
     (tmp_path / "grid.json").write_text(json.dumps({**grid, "machine": machine}))
+    forced = {"rows": [{**own, "backend": "triton hopper"}], "machine": machine}
+    (tmp_path / "hopper.json").write_text(json.dumps(forced))
     command = [sys.executable, str(ROOT / "benchmarks/gpu_targets.py"), "report"]
     command += ["--state", str(tmp_path), "--results", str(tmp_path / "results")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,6 +114,7 @@ def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_pat
     assert cells[:7] == ["1.250", "–", "0.750", "1.0000000", "2.00 of 1 shapes", "2.00", "40"]
     assert set(cells[7:]) == {"–"} and len(cells) == 15
     assert "0.50 of the product's TFLOP/s" in done.stdout
+    assert "triton hopper" in done.stdout and set(whole["pieces"]) == {"encode", "grid", "hopper"}
 
 
 @pytest.fixture
