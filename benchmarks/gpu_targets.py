@@ -5,7 +5,7 @@
     python benchmarks/gpu_targets.py gather --out FILE      decode and backward against a gather
     python benchmarks/gpu_targets.py step --out FILE        whole training step beside dense code
     python benchmarks/gpu_targets.py largest --out FILE     a step with 1,048,576 latents
-    python benchmarks/gpu_targets.py hopper --out FILE      encode with its product in CUDA C++, sm_90
+    python benchmarks/gpu_targets.py hopper --out FILE      encode by the design "hopper", sm_90
     python benchmarks/gpu_targets.py report --state DIR     all of it, beside the targets
 
 A piece writes its rows as they come and leaves out what its file already has; what failed is tried
