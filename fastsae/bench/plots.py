@@ -25,7 +25,8 @@ COLOURS = {
     "steer": "#5f7a61",
 }
 NOT_SCALED = ("topk", "topk_member", "sparse_grad_weight_rows", "steer")
-MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "reference": "x", "eager": "s", "torch": "^"}
+MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "reference": "x", "eager": "s"}
+MARKERS |= {"torch": "^", "torch onednn": "v"}
 
 
 def ladders(size: Size, quick: bool) -> dict[str, list[Size]]:
@@ -98,9 +99,10 @@ def _roofline(axes: Any, rows: Sequence[dict[str, Any]], limits: dict[str, float
         )  # fmt: skip
     for row in points:
         colour = COLOURS.get(row["op"], "#555555")
-        backend = row["backend"].split()[0]
+        backend = row["backend"]
+        marker = MARKERS.get(backend, MARKERS.get(backend.split()[0], "o"))
         axes.plot(
-            row["flops"] / row["bytes"], row["tflops"], MARKERS.get(backend, "o"), color=colour,
+            row["flops"] / row["bytes"], row["tflops"], marker, color=colour,
             markersize=8, alpha=0.85, label=f"{row['op']}, {row['backend']}",
         )  # fmt: skip
     axes.set(
