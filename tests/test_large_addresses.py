@@ -82,7 +82,7 @@ def test_rows_of_the_tokens_and_of_candidates():
     scores, counts = token.new_empty(1, 1, dtype=torch.int64), token.new_empty(1, 1)
     member._topk_member_keys_kernel[(1, 1)](
         x, rows, None, None, token[None], scores, counts, 1, 1, D, ROWS, 1,
-        POSITIVE=True, BLOCK=16, BLOCK_D=256,
+        POSITIVE=True, BLOCK=member._LATENTS, BLOCK_D=member._BLOCK_D,
     )  # fmt: skip
     keys_module.decode_keys(scores, score, index, True)
     assert (score.item(), index.item()) == (3.0, LAST)
