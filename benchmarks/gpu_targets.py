@@ -403,10 +403,10 @@ def report(args: argparse.Namespace) -> None:
     print(f"plain gather of the same rows: {plain:.4g} GB/s" if plain else "no gather measured")
     for name, piece in pieces.items():
         print(f"\n## {name}\n{run.table(piece['rows'])}")
-        for r in piece["rows"]:
-            if "ms" in r and limits and r["backend"] in OWN and r["gbps"]:
+        for r in own(piece["rows"]):
+            if "ms" in r and limits and r["gbps"]:
                 print(
-                    f"{r['op']:24s} {r['backend']:10s} {r['N']}x{r['D']}x{r['F']}: "
+                    f"{r['op']:24s} {r['backend']:14s} {r['N']}x{r['D']}x{r['F']}: "
                     f"{r['tflops'] / limits['tflops']:.2f} of the product's TFLOP/s, "
                     f"{r['gbps'] / limits['copy_gbps']:.2f} of the copy's GB/s"
                 )

@@ -10,6 +10,7 @@ import cuda_host
 import pytest
 import torch
 from conftest import INTERPRETED, ON_HOST
+from test_topk_encode_fused import expected, integers
 
 from fastsae import _library, reference
 
@@ -27,15 +28,6 @@ def product():
         why = "the product is for sm_90"
     if why is not None:
         pytest.skip(why)
-
-
-def integers(n, d, f, dtype=torch.bfloat16):
-    """Every order of summation is exact, so selections must be identical."""
-    g = torch.Generator().manual_seed(n + d + f)
-    x = torch.randint(-3, 4, (n, d), generator=g)
-    W, b = torch.randint(-2, 3, (f, d), generator=g), torch.randint(-2, 3, (f,), generator=g)
-    scale = torch.randint(-1, 3, (f,), generator=g)  # zero and negative too
-    return [t.to(dtype).to(DEVICE) for t in (x, W, b, scale)]
 
 
 def record(x, W, b, scale, bars, begin, end, records):
@@ -112,11 +104,6 @@ def select(x, W, b, k, scale=None):
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     keys_module.decode_keys(keys, None, indices, False)
     return indices.cpu()
-
-
-def expected(x, W, b, k, scale=None):
-    b, scale = (None if t is None else t.cpu() for t in (b, scale))
-    return reference.topk_encode(x.cpu(), W.cpu(), b, k, False, scale)[1]
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])

@@ -38,9 +38,8 @@ class Watched(TorchDispatchMode):
         if name in ("index", "index_put_"):
             masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
             assert not masks, f"{name} by a mask"
-        if (
-            func.namespace == "fastsae"
-        ):  # its Python body under this mode as well: no mode is on here
+        if func.namespace == "fastsae" and not name.endswith("_cuda"):
+            # its Python body under this mode as well: no mode is on here
             with self:
                 out = importlib.import_module(f"fastsae.ops.{name}")._run(*args, **(kwargs or {}))
         else:
