@@ -50,10 +50,10 @@ def topk_encode(
             Values and order are exact; a latent can be missed. Emulated
             (`benchmarks/fp8_recall.py`), 2,930 of 901 million pairs exceeded the margin, and none
             of 2.88 million latents was missed: below 1.1e-6 at 95% confidence (2.56 million of them
-            with weights trained on MiniLM, the others random); none of 384,000 where three places of x are 100 to
-            1000 times larger, whatever W has there. Where x alone has such places, most rows keep
-            more candidates than they have room for and are scored in fp32 as they go: right and
-            slow. Unverified on a GPU.
+            with weights trained on MiniLM, the others random); none of 384,000 where three places
+            of x are 100 to 1000 times larger, whatever W has there. Where x alone has such places,
+            most rows keep more candidates than they have room for and are scored in fp32 as they
+            go: right and slow. Unverified on a GPU.
 
     Returns:
         values [..., k] in the dtype of x, and indices [..., k] int32.
