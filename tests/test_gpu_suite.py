@@ -141,6 +141,19 @@ def test_a_piece_keeps_its_rows_as_they_come_and_tries_again_what_failed(targets
     assert all(r["verified"] and r["ms"] > 0 for r in rows[3:])
 
 
+def test_the_largest_dictionary_is_tried_with_dense_code_too(targets, tmp_path):
+    out = tmp_path / "largest.json"
+    targets.main(["largest", "--device", "cpu", "--quick", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["backend"], r["verified"]) for r in rows] == [
+        ("fastsae", True),
+        ("dense eager", True),
+    ]
+    # what dense code reached is no result of ours
+    rows[0]["verified"] = False
+    assert targets.reached({"encode": {"rows": []}, "largest": {"rows": rows}})[-1] == "–"
+
+
 @pytest.mark.parametrize("backend", ["triton fused", "cuda", "fastsae, 8-bit moments and masters"])
 def test_a_wrong_row_of_ours_fails_the_piece(targets, backend):
     wrong = step_row(backend, wrong="wrong, not timed")
