@@ -5,6 +5,7 @@ The child prints a JSON object per line of its standard output; `rows` hands the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -98,8 +99,6 @@ def _hand_over(
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
