@@ -134,30 +134,52 @@ def test_a_design_can_be_forced(monkeypatch, design):
     assert torch.equal(indices.cpu(), truth[1]) and torch.equal(values.cpu(), truth[0])
 
 
-def test_choice_by_shape():
-    def choice(n, d, f, k=64, dtype=torch.bfloat16):
-        x, W = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, f))
-        return encode_module.design_of(x, W, k)
+def choice(n, d, f, k=64, dtype=torch.bfloat16, trusted=None):
+    x, W = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, f))
+    return encode_module.design_of(x, W, k, trusted)
 
-    assert choice(8192, 768, 131072) == "fused"
-    assert choice(8192, 4096, 131072) == choice(16, 768, 131072) == "chunked"
+
+def test_choice_by_shape():
+    assert choice(8192, 768, 131072) == choice(8192, 4096, 131072) == "fused"
     assert choice(8192, 768, 131072, 1000) == choice(8192, 767, 131072) == "chunked"
     assert choice(8192, 768, 131072, dtype=torch.float32) == "bounded"
+    assert choice(8192, 768, 1000, dtype=torch.float32) == "chunked"
 
 
-@pytest.mark.parametrize("shifted", ["x", "W"])
-def test_views_that_begin_between_16_bytes_take_the_chunks(monkeypatch, shifted):
-    """TMA cannot read them: the call must not fail for where its tensors lie."""
-    monkeypatch.setattr(encode_module, "_FUSED", ({"n": 1, "f": 1, "d": 4096},))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_choice_does_not_depend_on_the_number_of_tokens(dtype):
+    for d, f, k in ((768, 131072, 64), (4096, 131072, 64), (767, 4096, 8), (64, 600, 300)):
+        assert len({choice(n, d, f, k, dtype) for n in (1, 2, 255, 256, 2048, 10**6)}) == 1
+
+
+def test_a_design_that_is_not_trusted_is_not_chosen():
+    shape = 8192, 768, 131072
+    assert choice(*shape, trusted=frozenset({"chunked", "bounded"})) == "chunked"
+    assert choice(*shape, trusted=frozenset({"bounded"})) is None
+    assert choice(*shape, trusted=frozenset()) is None
+    assert choice(*shape, trusted=frozenset(encode_module.DESIGNS)) != "bounded"
     x, W, *_ = integers(2, 16, 70)
-    assert encode_module.design_of(x, W, 3) == "fused"
-
-    def shift(t):
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-    x, W = (shift(x), W) if shifted == "x" else (x, shift(W))
-    indices = encode_module.topk_encode(x, W, None, 3, False, None)[1]
+    with pytest.raises(RuntimeError, match="none of the trusted designs .bounded."):
+        encode_module.topk_encode(x, W, None, 3, False, None, trusted=frozenset({"bounded"}))
+    indices = encode_module.topk_encode(
+        x, W, None, 3, False, None, trusted=frozenset({"chunked", "bounded"})
+    )[1]
     assert torch.equal(indices.cpu(), expected(x, W, None, 3))
+
+
+def shifted(t):
+    """The same numbers, beginning between two 16-byte addresses."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def test_views_that_begin_between_16_bytes():
+    """TMA cannot read them: x is copied, which leaves the design; rows of W take the chunks."""
+    x, W, *_ = integers(2, 16, 70)
+    assert encode_module.design_of(x, W, 3) == encode_module.design_of(shifted(x), W, 3) == "fused"
+    assert encode_module.design_of(x, shifted(W), 3) == "chunked"
+    for args in ((shifted(x), W), (x, shifted(W))):
+        indices = encode_module.topk_encode(*args, None, 3, False, None)[1]
+        assert torch.equal(indices.cpu(), expected(x, W, None, 3))
 
 
 @pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**24, 256)])

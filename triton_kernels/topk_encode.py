@@ -160,37 +160,46 @@ def select_likely(
     return best.finish()
 
 
-def bounds_pay(n: int, d: int, f: int, k: int) -> bool:
-    """Whether a bf16 filter with rescoring beats fp32 products. Unverified on a GPU: a bf16 product
-    is some twenty times faster, against which a pass over W_enc for its copy and k rescored rows a
-    token are little from a few hundred tokens on, unless most latents are close to the k-th."""
-    return n >= 256 and d >= 64 and f >= 24 * k and k <= MAX_SORTED
-
-
 # Few launches rather than a slab in L2: where no row overflowed, all of them are empty.
 _FUSED_CHUNKS = Chunks(rows=4096, slab=1 << 25)
 
-# Shapes where the fused product is chosen: N and F at least, D at most. A prediction, unverified on
-# a GPU (benchmarks/NOTES.md): its epilogue and the chunks' pass over the scores cost the same time
-# whatever D is, and its product is slower than the library's. benchmarks/gpu_suite.sh times both.
-_FUSED = ({"n": 2048, "f": 16384, "d": 2048},)
+
+@dataclass(frozen=True)
+class Preference:
+    """A design and the shapes that it is chosen for."""
+
+    design: str
+    d: int = 1  # D at least
+    f_of_k: int = 1  # F at least so many times k
+    named: bool = False  # only where `trusted` names it
 
 
-DESIGNS = ("chunked", "bounded", "fused", "hopper")  # exact; "fp8" must be asked for
+# Exact designs, the best first: the first that can run, is trusted and has the shape takes a call.
+# Never by the number of tokens: designs differ in a score's bits, and a token's result must not
+# depend on its neighbours. Predictions, unverified on a GPU (benchmarks/NOTES.md).
+PREFERENCES = (
+    # 1.07 to 1.24 of the library's product; a fault in it could hang, so it must have been checked
+    Preference("hopper", named=True),
+    # 1.21 to 1.5; W_enc passes once and no score is stored
+    Preference("fused"),
+    # fp32: bf16 products are some twenty times faster; pays unless most latents are near the k-th
+    Preference("bounded", d=64, f_of_k=24),
+    # any shape and dtype
+    Preference("chunked"),
+)
+DESIGNS = tuple(p.design for p in PREFERENCES)  # exact; "fp8" must be asked for
 
 
 def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
-    """Whether a design can take a call. The fused products need TMA and rows on 16 bytes, which a
-    view into other memory may not have."""
+    """Whether a design can take a call. It depends on no other property of x than width, dtype and
+    device. The fused products need TMA and rows of W_enc on 16 bytes."""
     if design == "bounded":
         return x.dtype == torch.float32 and k <= MAX_SORTED
     if design == "fp8":
         return k <= MAX_SORTED and unavailable(x.device) is None
     if design == "chunked":
         return True
-    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8 or x.numel() == 0:
-        return False
-    if x.data_ptr() % 16 or W_enc.data_ptr() % 16:
+    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8 or W_enc.data_ptr() % 16:
         return False
     if design == "hopper" and not _has_hopper(x.device.type.upper()):
         return False
@@ -209,14 +218,20 @@ def _has_hopper(key: str) -> bool:
     return has
 
 
-def design_of(x: torch.Tensor, W_enc: torch.Tensor, k: int) -> str:
-    """Which of the designs takes a call."""
-    (n, d), f = x.shape, len(W_enc)
-    if x.dtype == torch.float32:
-        return "bounded" if bounds_pay(n, d, f, k) else "chunked"
-    # never "hopper", which must have run on a device first: a fault in it could hang
-    pays = any(n >= row["n"] and f >= row["f"] and d <= row["d"] for row in _FUSED)
-    return "fused" if pays and runs("fused", x, W_enc, k) else "chunked"
+def design_of(
+    x: torch.Tensor, W_enc: torch.Tensor, k: int, trusted: frozenset[str] | None = None
+) -> str | None:
+    """Which of the designs takes a call: the first of PREFERENCES that can.
+
+    trusted: the designs that may be used; None: all but those that have to be named. None comes
+    back when no trusted design can take the call.
+    """
+    f, d = W_enc.shape
+    for p in PREFERENCES:
+        allowed = not p.named if trusted is None else p.design in trusted
+        if allowed and d >= p.d and f >= p.f_of_k * k and runs(p.design, x, W_enc, k):
+            return p.design
+    return None
 
 
 def _rows_at_once(n: int, k: int, chunks: Chunks, bounded_d: int = 0) -> int:
@@ -282,15 +297,26 @@ def topk_encode(
     relu: bool,
     rank_scale: torch.Tensor | None,
     design: str | None = None,
+    trusted: frozenset[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fastsae.ops.topk_encode`. No host sync; unverified on a GPU.
 
-    design: one of DESIGNS, for tests and benchmarks, or "fp8"; None chooses an exact one by shape.
+    design: one of DESIGNS, for tests and benchmarks, or "fp8"; None lets `design_of` choose among
+    those that are trusted, and raises RuntimeError where there is none.
     """
     n = x.shape[0]
     values = x.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    design = design or design_of(x, W_enc, k)
+    if n == 0:
+        return values, indices
+    design = design or design_of(x, W_enc, k, trusted)
+    if design is None:
+        raise RuntimeError(
+            f"topk_encode: none of the trusted designs ({', '.join(sorted(trusted or ()))}) can "
+            f"take {x.dtype}, D = {x.shape[1]}, F = {len(W_enc)}, k = {k} on {x.device}"
+        )
+    if design in ("fused", "hopper") and x.data_ptr() % 16:
+        x = x.clone()  # TMA reads from 16 bytes on
     chunks = _FUSED_CHUNKS if design in ("fused", "hopper") else Chunks()
     select = dict(
         chunked=select_chunked, bounded=select_bounded, fused=select_fused,
