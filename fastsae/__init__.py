@@ -2,12 +2,22 @@
 
 `fastsae.ops` holds the operators, `fastsae.nn` the modules, `fastsae.optim` the optimizers that
 consume gradients in factored form. `fastsae.use_backend`, `fastsae.explain` and `fastsae.info`
-choose and show backends.
+choose and show backends; `fastsae verify` checks every kernel on this machine.
 """
 
 from . import nn, ops, optim
 from ._dispatch import explain, use_backend
+from ._verified import KernelCheckWarning
 from ._version import __version__
 from .info import info
 
-__all__ = ["__version__", "explain", "info", "nn", "ops", "optim", "use_backend"]
+__all__ = [
+    "KernelCheckWarning",
+    "__version__",
+    "explain",
+    "info",
+    "nn",
+    "ops",
+    "optim",
+    "use_backend",
+]

@@ -1,22 +1,26 @@
 """The only file that chooses a backend.
 
 Per op and device there is an ordered tuple of backends, first usable wins. The order is data; the
-comment beside a row names the benchmark that justifies it.
+comment beside a row names the benchmark that justifies it. A kernel is used only where its
+known-answer check has passed on this very device (`_verified`, `fastsae verify`): one whose check
+is not on record is checked at first use, in a process of its own on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from . import _library
+from . import _library, _verified
+from ._verified import FAILED, PASSED, UNKNOWN, Check, KernelCheckWarning, Result
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = tuple(_library.PRIVATE_SCHEMAS)
@@ -27,16 +31,39 @@ _ON_CPU = ("cpu", "reference")
 _ON_GPU = ("cuda", "triton", "reference")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {op: {"cpu": _ON_CPU, "cuda": _ON_GPU} for op in OPS}
 
-_CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_GPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOW_DTYPES = (torch.bfloat16, torch.float16)
+_OLDEST_GPU = (8, 0)  # what the kernels are compiled for: bf16 products, asynchronous copies
+
+# Ways of computing an op in one backend, each proved by itself, and the dtypes that each takes. Of
+# the first table `design_of` in the kernel's file chooses by shape; the others must be asked for.
+DESIGNS: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
+    ("topk_encode", "triton"): {
+        "chunked": _GPU_DTYPES,
+        "bounded": (torch.float32,),
+        "fused": _LOW_DTYPES,
+    },
+}
+ASKED_FOR: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
+    # "hopper" has not run on a GPU: a fault in it could hang. "fp8" can miss a latent.
+    ("topk_encode", "triton"): {"hopper": _LOW_DTYPES, "fp8": _GPU_DTYPES},
+}
+
+# Kinds of device whose kernels must have passed their checks; tests add to it.
+GUARDED = {"cpu", "cuda"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One backend's verdict for one call: usable when `missing` is None."""
+    """One backend's verdict for one call: usable when `missing` is None.
+
+    `designs` says of each design whether it has passed its check on this device.
+    """
 
     backend: str
     missing: str | None
+    designs: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -55,13 +82,55 @@ def _triton_interprets() -> bool:
 
 
 @cache
-def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _too_old(device: torch.device) -> str | None:
+    """Why no GPU kernel can run on this device; None when they can, and on a CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST_GPU:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} is sm_{capability[0]}{capability[1]}; the GPU kernels need sm_80 or later"
+
+
+@cache
+def _no_image(device: torch.device) -> str | None:
+    """Why the CUDA library cannot run on this device, asked of the driver; None when it can."""
+    if device.type != "cuda" or _library.CUDA_MISSING is not None:
+        return None
+    if not _has_kernel("_cuda_image", "CompositeExplicitAutograd"):
+        return None
+    why: str = torch.ops.fastsae._cuda_image(_index(device))
+    return f"the CUDA library has no code for this GPU: {why}" if why else None
+
+
+def _has_kernel(operator: str, key: str) -> bool:
+    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{operator}", key)
+    return has
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """With an index where there can be several, so that each is judged by itself."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@cache
+def _missing(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on this device and dtype; None when it can."""
+    device = torch.device(device)
+    kind = device.type
     if backend == "reference":
         return None
     if backend == "cpu":
-        if device != "cpu":
-            return f"the C++ CPU kernels need CPU tensors, got {device}"
+        if kind != "cpu":
+            return f"the C++ CPU kernels need CPU tensors, got {kind}"
         if dtype not in _CPU_DTYPES:
             return f"the C++ CPU kernels do not take {dtype}"
         return _library.CPU_MISSING
@@ -71,18 +140,104 @@ def _missing(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
         module = _triton_module(op)
         if isinstance(module, str):
             return f"no Triton kernel for {op}: {module}"
-        if device != "cuda" and not (device == "cpu" and _triton_interprets()):
+        if kind != "cuda" and not (kind == "cpu" and _triton_interprets()):
             return (
-                f"the triton kernels need a GPU tensor, got {device} (with TRITON_INTERPRET=1 in "
+                f"the triton kernels need a GPU tensor, got {kind} (with TRITON_INTERPRET=1 in "
                 "the environment CPU tensors run in Triton's interpreter: slow, for tests)"
             )
-        return None
+        return _too_old(device)
     # the tests build the same kernels for CPU tensors (tests/cuda_host.py)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}_cuda", device.upper()):
-        if device != "cuda":
-            return f"the cuda kernels need a GPU tensor, got {device}"
+    if not _has_kernel(f"{op}_cuda", kind.upper()):
+        if kind != "cuda":
+            return f"the cuda kernels need a GPU tensor, got {kind}"
         return _library.CUDA_MISSING or f"no CUDA C++ kernel for {op}"
-    return None
+    return _too_old(device) or _no_image(device)
+
+
+def designs(op: str, backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, ...]]:
+    """The ways in which `backend` can compute `op` on a device, and the dtypes of each: what there
+    is to check. On a CPU they are the instruction-set levels."""
+    if backend == "cpu":
+        if device.type != "cpu" or _library.CPU_MISSING is not None:
+            return {}
+        return dict.fromkeys(torch.ops.fastsae._cpu_levels().split(), _CPU_DTYPES)
+    if _missing(op, backend, device, torch.float32) is not None and not (
+        device.type == "cpu" and backend == "triton" and not isinstance(_triton_module(op), str)
+    ):  # a process of its own can interpret the Triton kernels
+        return {}
+    table = _designs_of(op, backend, device) | ASKED_FOR.get((op, backend), {})
+    return {d: t for d, t in table.items() if _is_offered(op, backend, d, device)}
+
+
+def _designs_of(op: str, backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, ...]]:
+    """Those that a call without a wish may take."""
+    table = DESIGNS.get((op, backend), {"default": _GPU_DTYPES})
+    return {d: t for d, t in table.items() if _is_offered(op, backend, d, device)}
+
+
+def _is_offered(op: str, backend: str, design: str, device: torch.device) -> bool:
+    """Whether the device has what a design needs."""
+    if (op, backend) not in DESIGNS:
+        return True
+    offered: bool = _triton_module(op).offered(design, device)
+    return offered
+
+
+# ---- what has been proved ---------------------------------------------------------------------
+
+
+def _candidates(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> list[Check]:
+    """The checks that stand between a call without a wish and `backend`."""
+    name = str(dtype).removeprefix("torch.")
+    if backend == "cpu":
+        return [Check(op, backend, torch.ops.fastsae._cpu_level(), name)]
+    table = _designs_of(op, backend, device)
+    return [Check(op, backend, design, name) for design, takes in table.items() if dtype in takes]
+
+
+def _is_guarded(device: torch.device, backend: str) -> bool:
+    if backend == "reference" or device.type not in GUARDED:
+        return False
+    # a level that was chosen by hand is forced, as a backend can be
+    return backend != "cpu" or not os.environ.get("FASTSAE_CPU_LEVEL")
+
+
+def _results(checks: list[Check], device: torch.device) -> dict[Check, Result]:
+    """The record of checks, which are run now where it has none."""
+    record = _verified.record(device)
+    if any(record[c].state not in (PASSED, FAILED) for c in checks):
+        record.refresh()
+    unknown = [c for c in checks if record[c].state not in (PASSED, FAILED)]
+    found = {c: record[c] for c in checks}
+    if unknown:
+        from .verify import first_use
+
+        found |= first_use.check(unknown, device)
+    return found
+
+
+_warned: set[Check] = set()
+
+
+def _warn(check: Check, result: Result, device: torch.device) -> None:
+    """Once for each check of a process."""
+    if check in _warned:
+        return
+    _warned.add(check)
+    if result.state == FAILED:
+        what = f"failed its known-answer check on {device} and is not used there"
+        how = "`fastsae verify` repeats the check"
+    else:
+        what = f"has not been checked on {device} and is not used"
+        how = "run `fastsae verify`"
+    warnings.warn(
+        f"fastsae: the kernel {check} {what} ({result.reason}); {how}",
+        KernelCheckWarning,
+        stacklevel=2,
+    )
+
+
+# ---- choosing ---------------------------------------------------------------------------------
 
 
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
@@ -108,28 +263,112 @@ def _check_backend(name: str | None, source: str) -> str | None:
 
 _forced = _check_backend(os.environ.get("FASTSAE_BACKEND"), "FASTSAE_BACKEND")
 
+_Key = tuple[str, torch.device, torch.dtype, str | None]
+_selected: dict[_Key, tuple[str, Callable[..., Any]]] = {}
 
-@cache
-def _select(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Callable[..., Any]:
+
+def forget() -> None:
+    """Chooses anew from here on, after a library was loaded or a level changed."""
+    _selected.clear()
+    for cached in (_missing, _no_image, _too_old):
+        cached.cache_clear()
+
+
+def _select(key: _Key) -> tuple[str, Callable[..., Any]]:
+    """The backend's name and its implementation for tensors of one device and dtype."""
+    op, device, dtype, forced = key
     if forced is not None:
         why = _missing(op, forced, device, dtype)
         if why is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {why}")
-        return _implementation(op, forced)
-    for backend in ORDER[op].get(device, ("reference",)):
-        if _missing(op, backend, device, dtype) is None:
-            return _implementation(op, backend)
+        _selected[key] = forced, _implementation(op, forced)
+        return _selected[key]
+    order = ORDER[op].get(device.type, ("reference",))
+    return _first_of(order, key)
+
+
+def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any]]:
+    """The first backend of `order` that can run and has been proved; kept, unless a check that
+    could not be made now may be made later."""
+    op, device, dtype, _ = key
+    unproved = None
+    for i, backend in enumerate(order):
+        if _missing(op, backend, device, dtype) is not None:
+            continue
+        run = _implementation(op, backend)
+        if _is_guarded(device, backend):
+            results = _results(_candidates(op, backend, device, dtype), device)
+            for check, result in results.items():
+                if result.state != PASSED:
+                    _warn(check, result, device)
+                    if result.state == UNKNOWN:
+                        unproved = check
+            trusted = frozenset(c.design for c, r in results.items() if r.state == PASSED)
+            if not trusted:
+                if backend == "cpu" and _lower_level():
+                    return _select(key)
+                continue
+            if len(trusted) < len(results):
+                run = partial(_some_designs, key, order[i + 1 :], run, trusted)
+        elif backend == "reference" and unproved is not None:
+            from .verify import first_use
+
+            return backend, partial(first_use.reference, unproved, run)
+        if unproved is None:
+            _selected[key] = backend, run
+        return backend, run
     raise AssertionError("reference is always usable")
+
+
+def _some_designs(
+    key: _Key, rest: tuple[str, ...], run: Callable[..., Any], trusted: frozenset[str], *args: Any
+) -> Any:
+    """A backend of which some designs failed: calls that need those go to the next one."""
+    design = _triton_module(key[0]).design_of(args[0], args[1], args[3], trusted)
+    if design is None:
+        return _first_of(rest, key)[1](*args)
+    return run(*args, design=design)
+
+
+def _lower_level() -> bool:
+    """Takes the next lower CPU level, for everything; whether there is one."""
+    levels = torch.ops.fastsae._cpu_levels().split()
+    at = levels.index(torch.ops.fastsae._cpu_level())
+    if at == 0:
+        return False
+    torch.ops.fastsae._set_cpu_level(levels[at - 1])
+    forget()
+    return True
 
 
 def select(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for tensors like this one."""
-    return _select(op, tensor.device.type, tensor.dtype, _forced)
+    key = op, tensor.device, tensor.dtype, _forced
+    return (_selected.get(key) or _select(key))[1]
 
 
-def required(op: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of `op` by one backend, whatever is forced; raises when it cannot run."""
-    return _select(op, tensor.device.type, tensor.dtype, backend)
+def backend_of(op: str, tensor: torch.Tensor) -> str:
+    """The backend that `select` takes for tensors like this one."""
+    key = op, tensor.device, tensor.dtype, _forced
+    return (_selected.get(key) or _select(key))[0]
+
+
+def required(op: str, backend: str, design: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` by one design of a backend, whatever is forced.
+
+    Raises:
+        RuntimeError: it cannot run, or did not pass its check on this device.
+    """
+    _, run = _select((op, tensor.device, tensor.dtype, backend))
+    if _is_guarded(tensor.device, backend):
+        check = Check(op, backend, design, str(tensor.dtype).removeprefix("torch."))
+        result = _results([check], tensor.device)[check]
+        if result.state != PASSED:
+            raise RuntimeError(
+                f"{op}: design {design!r} was asked for and is not proved on {tensor.device}: "
+                f"{result.reason}. `fastsae verify --op {op}` checks it."
+            )
+    return partial(run, design=design)
 
 
 def forced() -> str | None:
@@ -152,36 +391,65 @@ def use_backend(name: str | None) -> Any:
     Args:
         name: "reference", "cpu", "triton", "cuda", or None / "auto" to choose again by data.
 
-    A forced backend that cannot run a call raises RuntimeError and says why. The setting is
-    process-wide (autograd runs backward passes on other threads). The environment variable
-    `FASTSAE_BACKEND` sets the initial value.
+    A forced backend that cannot run a call raises RuntimeError and says why; whether its kernels
+    have passed their checks on this device is not asked. The setting is process-wide (autograd runs
+    backward passes on other threads). The environment variable `FASTSAE_BACKEND` sets the initial
+    value.
     """
     global _forced
     previous, _forced = _forced, _check_backend(name, "use_backend")
     return _restore(previous)
 
 
-def verdicts(op: str, device: str, dtype: torch.dtype) -> list[Choice]:
-    """Every backend's verdict for `op`, in order of preference."""
-    order = ORDER[op].get(device, ("reference",))
+# ---- saying what would be chosen --------------------------------------------------------------
+
+
+def _states(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What the record says of the designs that a call may take; nothing is run."""
+    if not _is_guarded(device, backend):
+        return {}
+    record = _verified.record(device)
+    record.refresh()
+    found = {}
+    for check in _candidates(op, backend, device, dtype):
+        result = record[check]
+        if result.state in (PASSED, FAILED):
+            found[check.design] = result.state + (f": {result.reason}" if result.reason else "")
+        else:
+            found[check.design] = "unknown: checked at first use"
+    return found
+
+
+def verdicts(op: str, device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
+    """Every backend's verdict for `op`, in order of preference. Nothing is checked by it."""
+    device = _device(device)
+    order = ORDER[op].get(device.type, ("reference",))
     order += tuple(b for b in BACKENDS if b not in order)
-    return [Choice(b, _missing(op, b, device, dtype)) for b in order]
+    found = []
+    for backend in order:
+        missing = _missing(op, backend, device, dtype)
+        states = {} if missing else _states(op, backend, device, dtype)
+        if states and all(s.startswith(FAILED) for s in states.values()):
+            missing = "failed its known-answer check on this device"
+        found.append(Choice(backend, missing, states))
+    return found
 
 
-def chosen(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that a call would take."""
+def chosen(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend that a call would take, if what is not yet checked passes."""
     if _forced is not None:
         return _forced
     return next(c.backend for c in verdicts(op, device, dtype) if c.missing is None)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """Which backend `fastsae.ops.<op>(*args)` would take, and why not the others.
+    """Which backend and design `fastsae.ops.<op>(*args)` would take, and why not the others.
 
     Args:
         op: name of an operator, e.g. "topk_encode".
-        *args, **kwargs: the call's arguments; only devices, dtypes and strides are looked at.
-            Without a tensor among them, fp32 on the CPU is assumed.
+        *args, **kwargs: the call's arguments; only devices, dtypes and strides are looked at, and
+            for an op with several designs the shapes. Without a tensor among them, fp32 on the CPU
+            is assumed.
 
     Raises:
         ValueError: unknown op.
@@ -190,13 +458,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"explain: unknown op {op!r}, one of {', '.join(OPS)}")
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    device, dtype = like.device.type, like.dtype
+    device, dtype = like.device, like.dtype
     backend = chosen(op, device, dtype)
     lines = [f"{op} on {device}, {dtype}: {backend}" + (" (forced)" if _forced else "")]
     for choice in verdicts(op, device, dtype):
         lines.append(f"  {choice.backend}: {choice.missing or 'usable'}")
+        lines += [f"    {design}: {state}" for design, state in choice.designs.items()]
     if backend == "cpu" and _library.CPU_MISSING is None:
         lines.append(f"  C++ level: {torch.ops.fastsae._cpu_level()}")
+    if (op, backend) in DESIGNS and len(tensors) > 1:
+        k = kwargs.get("k", args[3] if len(args) > 3 else None)
+        if isinstance(k, int):
+            lines.append(f"  design: {_triton_module(op).design_of(*tensors[:2], k)}")
     copies = [tuple(t.shape) for t in tensors if not t.is_contiguous()]
     if copies:
         lines.append(f"  copied first, not contiguous: {', '.join(map(str, copies))}")

@@ -84,6 +84,7 @@ for _op, _schema in PRIVATE_SCHEMAS.items():
 lib.define("_cpu_level() -> str")
 lib.define("_cpu_levels() -> str")
 lib.define("_set_cpu_level(str level) -> ()")
+lib.define("_cuda_image(int device) -> str")
 lib.define("_topk_encode_stats() -> Tensor")
 lib.define(  # a part of topk_encode: see csrc/cuda/topk_encode.cu
     "topk_encode_record_cuda(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? rank_scale, "

@@ -72,6 +72,5 @@ def load() -> str | None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for library in pool.map(lambda source: build(source, cxx), SOURCES.values()):
             torch.ops.load_library(str(library))
-    _dispatch._missing.cache_clear()
-    _dispatch._select.cache_clear()
+    _dispatch.forget()
     return None

@@ -95,11 +95,11 @@ def test_a_wrong_backend_is_reported_not_timed_and_the_exit_code_says_so(op, mon
         return result[0], (result[1] + 1) % args[1].shape[0]
 
     monkeypatch.setattr(reference, op, wrong)
-    _dispatch._select.cache_clear()
+    _dispatch.forget()
     try:
         result = bench(*SMALL, "--ops", op, "--json", str(tmp_path / "found.json"))
     finally:
-        _dispatch._select.cache_clear()
+        _dispatch.forget()
     assert result.exit_code == 1
     assert "wrong, not timed" in result.stdout and "1 of " in result.stderr
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
@@ -113,11 +113,11 @@ def test_a_backend_that_raises_is_an_error(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(reference, "sparse_decode", broken)
-    _dispatch._select.cache_clear()
+    _dispatch.forget()
     try:
         result = bench(*SMALL, "--ops", "sparse_decode", "--backends", "reference")
     finally:
-        _dispatch._select.cache_clear()
+        _dispatch.forget()
     assert result.exit_code == 1 and "RuntimeError: no such kernel" in result.stdout
 
 

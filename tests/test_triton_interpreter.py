@@ -164,7 +164,7 @@ def failures() -> list[str]:
 def test_without_the_repair_these_are_wrong():
     """The tests above can fail; when a new Triton passes them unrepaired, the repair can go."""
     code = (
-        "import triton_interpreter; triton_interpreter.repair = lambda: None\n"
+        "from fastsae.verify import interpreter; interpreter.repair = lambda: None\n"
         "import test_triton_interpreter as t; print(*t.failures())"
     )
     run = subprocess.run(

@@ -190,25 +190,35 @@ PREFERENCES = (
 DESIGNS = tuple(p.design for p in PREFERENCES)  # exact; "fp8" must be asked for
 
 
-def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
-    """Whether a design can take a call. It depends on no other property of x than width, dtype and
-    device. The fused products need TMA and rows of W_enc on 16 bytes."""
-    if design == "bounded":
-        return x.dtype == torch.float32 and k <= MAX_SORTED
+def offered(design: str, device: torch.device) -> bool:
+    """Whether a device has what a design needs: there its kernels can be checked."""
     if design == "fp8":
-        return k <= MAX_SORTED and unavailable(x.device) is None
-    if design == "chunked":
+        return unavailable(device) is None
+    if design in ("chunked", "bounded"):
         return True
-    if x.dtype == torch.float32 or k > MAX_FUSED or x.shape[1] % 8 or W_enc.data_ptr() % 16:
+    if design == "hopper" and not _has_hopper(device.type.upper()):
         return False
-    if design == "hopper" and not _has_hopper(x.device.type.upper()):
-        return False
-    if not x.is_cuda:
+    if device.type != "cuda":
         return True  # interpreted
     if torch.version.hip is not None:
         return False
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = torch.cuda.get_device_capability(device)
     return capability == (9, 0) if design == "hopper" else capability[0] >= 9
+
+
+def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
+    """Whether a design can take a call. It depends on no other property of x than width, dtype and
+    device. The fused products need TMA and rows of W_enc on 16 bytes."""
+    if not offered(design, x.device):
+        return False
+    if design == "chunked":
+        return True
+    if design == "fp8":
+        return k <= MAX_SORTED
+    if design == "bounded":
+        return x.dtype == torch.float32 and k <= MAX_SORTED
+    aligned = x.shape[1] % 8 == 0 and W_enc.data_ptr() % 16 == 0
+    return x.dtype != torch.float32 and k <= MAX_FUSED and aligned
 
 
 def _has_hopper(key: str) -> bool:

@@ -10,6 +10,7 @@ from .info import info
 from .quickstart import quickstart
 from .serve import serve
 from .steer import steer
+from .verify import verify
 
 app = typer.Typer(
     name="fastsae",
@@ -23,6 +24,7 @@ app.command()(steer)
 app.command()(serve)
 app.command("compare-steering")(compare_steering)
 app.command()(info)
+app.command()(verify)
 app.command()(bench)
 
 

@@ -39,7 +39,11 @@ def info(
             else kernels["missing"]
         ),
     }
+    for level, state in kernels["checked"].items():
+        rows[f"  {level}"] = "never checked on this processor" if state == "never" else state
     rows["CUDA kernels"] = found["cuda_kernels"]["missing"] or "built"
+    for device, path in found["records"].items():
+        rows[f"checks of {device}"] = path
     rows.update(found["environment"])
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
@@ -55,5 +59,7 @@ def info(
                 for name, why in choice["others"].items()
                 if name != choice["backend"] or why != "usable"  # forced, and cannot run
             )
-            ops.add_row(op, device, choice["backend"], escape(others))
+            designs = choice["designs"].get(choice["backend"], {}) if device != "cpu" else {}
+            takes = "\n".join([choice["backend"], *(f"  {d}: {s}" for d, s in designs.items())])
+            ops.add_row(op, device, escape(takes), escape(others))
     console.print(ops)

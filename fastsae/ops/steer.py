@@ -197,7 +197,7 @@ class Prepared:
             functions is None
             or not len(slots)
             or any(t.device != enc.device or t.is_neg() for t in given)
-            or any(_dispatch.chosen(op, enc.device.type, enc.dtype) != "cpu" for op in ops)
+            or any(_dispatch.backend_of(op, enc) != "cpu" for op in ops)
         ):
             return None
         # The site keeps aliases, whose memory no `.data = ...` takes away. share_memory_ moves that

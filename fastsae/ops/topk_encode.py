@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ def _run(
         rank_scale = None if rank_scale is None else rank_scale.index_select(0, chosen)
     run = _dispatch.select(_OP, x)
     if filter == "fp8":
-        run = partial(_dispatch.required(_OP, "triton", x), design="fp8")
+        run = _dispatch.required(_OP, "triton", "fp8", x)
     values, indices = run(
         _common.flat(x),
         W_enc.contiguous(),

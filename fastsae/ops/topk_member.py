@@ -154,8 +154,7 @@ def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:
     """The implementation for tensors like x, and up to how many tokens it is to be used."""
-    name = _dispatch.chosen(_OP, x.device.type, x.dtype)
-    return _dispatch.select(_OP, x), _COUNTS.get(name, math.inf)
+    return _dispatch.select(_OP, x), _COUNTS.get(_dispatch.backend_of(_OP, x), math.inf)
 
 
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
