@@ -144,6 +144,12 @@ def cpu_commands(torch: Path, temp: Path) -> tuple[list[str], list[str]]:
     )
 
 
+def toolkit(tool: str) -> Path:
+    """The folder of an nvcc's toolkit, which a script or a link of that name hides."""
+    top = re.search(r"^#\$ TOP=(.*)", output(tool, "--dryrun", "-shared", "x.o"), re.MULTILINE)
+    return Path(os.path.normpath(top[1])) if top else Path(tool).parent.parent
+
+
 def nvcc_commands(tool: str, torch: Path) -> tuple[list[str], list[str]]:
     """How this nvcc compiles and links; BuildError where it is of another CUDA or does not work."""
     version = output(tool, "--version")
@@ -157,9 +163,9 @@ def nvcc_commands(tool: str, torch: Path) -> tuple[list[str], list[str]]:
     compile_to += [*shlex.split(os.environ.get("NVCCFLAGS", "")), "-c"]
     link = [tool, "-shared", "-cudart", "static"]
     # The packaged nvcc has the CUDA runtime in lib and looks in lib64.
-    top = re.search(r"^#\$ TOP=(.*)", output(tool, "--dryrun", "-shared", "x.o"), re.MULTILINE)
-    if top and Path(top[1], "lib/libcudart_static.a").exists():
-        link.append(f"-L{Path(top[1], 'lib').resolve()}")
+    libraries = toolkit(tool) / "lib"
+    if (libraries / "libcudart_static.a").exists():
+        link.append(f"-L{libraries}")
     with tempfile.TemporaryDirectory() as folder:
         source, obj = Path(folder, "probe.cu"), Path(folder, "probe.o")
         source.write_text(PROBE)
