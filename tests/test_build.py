@@ -99,6 +99,8 @@ def test_an_nvcc_that_does_not_work_is_passed_over(project, variable):
     broken = tool(project / "broken/bin/nvcc", "99.0", fails="*probe.cu*")
     folder = "site/nvidia/cu99/bin" if variable == "packaged" else "99/bin"
     right = tool(project / folder / "nvcc", "99.1")
+    if variable == "packaged":
+        (project / "site/nvidia/__init__.py").touch()  # hides this environment's
     env = {"NVCC": {"NVCC": str(right)}, "CUDA_HOME": {"CUDA_HOME": str(right.parent.parent)}}
     run, cuda, _ = inplace(project, nvcc=(broken,), FASTSAE_CUDA="1", **env.get(variable, {}))
     assert run.returncode == 0, run.stderr
