@@ -8,6 +8,7 @@ about 3 us a call where `torch.library.custom_op` costs about 12.
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,28 @@ lib.define(  # a part of topk_encode: see csrc/cuda/topk_encode.cu
 lib.define("_topk_encode_bounds(Tensor x, Tensor W_enc, Tensor b_enc) -> (Tensor, Tensor, Tensor)")
 
 
+_REINSTALL = (
+    "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder "
+    "(with FASTSAE_BUILD=1 a build that fails shows why, with FASTSAE_CUDA=1 also the CUDA one)"
+)
+
+
+def _not_built() -> dict[str, str]:
+    """What setup.py left out and why: a library, or a source of the CUDA library."""
+    path = Path(__file__).with_name("_not_built.json")
+    found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+NOT_BUILT = _not_built()
+
+
 def _load(name: str, kernels: str, how: str) -> str | None:
     """Loads a compiled library; returns why not, or None when its kernels are there."""
     path = Path(__file__).with_name(f"{name}.abi3.so")
     if not path.exists():
-        return f"the {kernels} kernels were not built: {how}"
+        why = NOT_BUILT.get(name, "the library is not there")
+        return f"the {kernels} kernels were not built: {why}. To get them: {how}, then {_REINSTALL}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -112,19 +130,19 @@ def _load(name: str, kernels: str, how: str) -> str | None:
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
-    return _load("_cuda", "CUDA", f"install nvcc of CUDA {torch.version.cuda}, then {_REINSTALL}")
+    return _load("_cuda", "CUDA", f"install nvcc of CUDA {torch.version.cuda}")
 
 
-_REINSTALL = (
-    "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder "
-    "(with FASTSAE_BUILD=1 a build that fails shows why, with FASTSAE_CUDA=1 also the CUDA one)"
-)
-CPU_MISSING = _load(
-    "_cpu",
-    "C++",
-    f"this is a pure-Python install. Install a C++ compiler and torch, then {_REINSTALL}",
-)
+CPU_MISSING = _load("_cpu", "C++", "install a C++ compiler and torch")
 CUDA_MISSING = _load_cuda()
+
+
+def cuda_missing(op: str) -> str:
+    """Why an op has no CUDA C++ kernel here."""
+    why = NOT_BUILT.get(f"csrc/cuda/{op.removesuffix('_rows')}.cu")
+    if CUDA_MISSING is None and why is not None:
+        return f"the CUDA kernel of {op} was not built: {why}. To get it: {_REINSTALL}"
+    return CUDA_MISSING or f"no CUDA C++ kernel for {op}"
 
 
 def _functions() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -59,3 +60,21 @@ def test_triton_kernels_refuses_the_top_level_name():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode != 0 and "ImportError" in run.stderr
     assert "fastsae.triton_kernels" in run.stderr
+
+
+OPTIONAL = (
+    "fastapi", "httpx", "hypothesis", "jinja2", "matplotlib", "openai", "rich", "tokenizers",
+    "tqdm", "transformers", "triton", "typer", "uvicorn", "websockets", "xdist",
+)  # fmt: skip
+
+
+def test_the_tests_load_without_any_optional_package():
+    """An installation has torch, NumPy, safetensors and pytest; what needs more skips."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import pytest; "
+    code += "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only']))"
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr
+    assert "could not import 'transformers'" in run.stdout

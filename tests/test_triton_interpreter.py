@@ -93,6 +93,15 @@ def _order(in_ptr, out_ptr, M: tl.constexpr, OP: tl.constexpr):
     tl.store(out_ptr + i, out)
 
 
+@triton.jit
+def _count(out_ptr, end, M: tl.constexpr):
+    i = tl.arange(0, M)
+    total = tl.zeros((M,), tl.float32)
+    for _ in range(0, end, 3):
+        total += 1
+    tl.store(out_ptr + i, total)
+
+
 ORDERED = {
     "sort": lambda x: x.sort().values,
     "topk": lambda x: torch.stack([x.topk(M // 2).values, (-x).topk(M // 2).values], 1).flatten(),
@@ -101,6 +110,13 @@ ORDERED = {
     "reduce": lambda x: x.max().expand(M),
     "cumsum": lambda x: x.float().cumsum(0).to(BF16),
 }
+
+
+def test_a_loop_to_a_bound_that_is_an_argument():
+    """Triton 3.6 fails at it under NumPy 2.4."""
+    out = torch.zeros(M)
+    _count[(1,)](out, 7, M)
+    assert torch.equal(out, torch.full((M,), 3.0))
 
 
 @pytest.mark.parametrize("op", EXPECTED)

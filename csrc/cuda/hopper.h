@@ -54,8 +54,13 @@ inline TileMap tile_map(const void* base, bool bf16, int64_t rows, int64_t colum
   static const Encode encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
     STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
                                                     cudaEnableDefault, &found));
+#else  // CUDA 13 has only the other
+    STD_CUDA_CHECK(
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found));
+#endif
     STD_TORCH_CHECK(entry != nullptr, "the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(entry);
   }();

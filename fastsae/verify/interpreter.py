@@ -130,6 +130,16 @@ def _reduce_slices(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
     return [self.to_tensor(np.reshape(t.handle.data, shape), t.dtype) for t in total]
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """A bound of a loop is an array of one element, which NumPy 2.4 does not take for a number:
+    Triton 3.6 hands it over as it is."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 _patch_lang = interpreter._patch_lang
 
 
@@ -149,4 +159,5 @@ def repair() -> None:
     for kind in (interpreter.ReduceOps, interpreter.ScanOps):
         kind.apply_impl = _in_fp32(kind.apply_impl)
     interpreter.ReduceOps.generic_reduce = _reduce_slices
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter._patch_lang = _patch_lang_once
