@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from properties import HealthCheck, given, settings, st
 
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of, randn
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 import fastsae
 from fastsae import ops, reference

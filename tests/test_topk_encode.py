@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ATOL, assert_close, device_of, randn, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 import fastsae
 from fastsae import ops, reference

@@ -6,8 +6,7 @@ import conftest
 import pytest
 import torch
 from conftest import device_of, randn, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 import fastsae
 from fastsae import _dispatch, ops, reference
