@@ -2,8 +2,8 @@
 
     python tools/cpu_levels.py [arguments for pytest]
 
-`make test` has run them at the highest level that this machine has. Its other levels run here; AVX2,
-where the machine lacks it, runs under qemu if that is installed. ARM is `make test-arm`.
+`make test` has run them at the highest level that this machine has. Its other levels run here;
+AVX2, where the machine lacks it, runs under qemu if that is installed. ARM is `make test-arm`.
 """
 
 from __future__ import annotations
