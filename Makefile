@@ -38,7 +38,7 @@ test-levels: $(VENV)/.built $(VENV)/.test ## the C++ kernels at the CPU's lower 
 	$(BIN)/python tools/cpu_levels.py $(ARGS)
 
 test-arm: $(VENV)/.built $(VENV)/.test ## the C++ kernels for ARM, under qemu
-	$(BIN)/python tools/emulate.py arm $(ARGS)
+	$(BIN)/python tools/emulate_arm.py $(ARGS)
 
 lint: $(VENV)/.lint ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .

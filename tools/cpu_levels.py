@@ -2,8 +2,8 @@
 
     python tools/cpu_levels.py [arguments for pytest]
 
-`make test` has run them at the highest level that this machine has. Its other levels run here;
-AVX2, where the machine lacks it, runs under qemu if that is installed. ARM is `make test-arm`.
+`make test` has run them at the highest level that this machine has; its other levels run here. A
+level that the machine lacks does not run: qemu is no stand-in, see tools/emulate_arm.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastsae import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
-NO_TESTS, NOT_POSSIBLE = 5, 3  # exit statuses of pytest and of emulate.py
+NO_TESTS = 5  # pytest's exit status
 
 
 def on_silicon(level: str, more: list[str]) -> int:
@@ -36,11 +36,6 @@ def on_silicon(level: str, more: list[str]) -> int:
     return subprocess.run([*command, *more], cwd=ROOT, env=environment, check=False).returncode
 
 
-def emulated(more: list[str]) -> int:
-    command = [sys.executable, str(ROOT / "tools/emulate.py"), "avx2", *more]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
 def main() -> int:
     more = sys.argv[1:]
     if _library.CPU_MISSING is not None:
@@ -53,20 +48,16 @@ def main() -> int:
         if level == have[-1]:
             summary.append((level, "on this CPU, by make test"))
             continue
-        if level not in have and level != "avx2":
-            summary.append((level, "NOT RUN: this CPU lacks it and qemu does not know it"))
+        if level not in have:
+            summary.append((level, "NOT RUN: this CPU lacks it"))
             continue
         print(f"== CPU level {level}", flush=True)
-        code = on_silicon(level, more) if level in have else emulated(more)
-        if code == NOT_POSSIBLE and level not in have:
-            summary.append((level, "NOT RUN: this CPU lacks it and qemu is not installed"))
-            continue
-        where = "on this CPU" if level in have else "emulated"
+        code = on_silicon(level, more)
         bad = code not in (0, NO_TESTS if more else 0)
         failed |= bad
-        summary.append((level, where + (": FAILED" if bad else "")))
+        summary.append((level, "on this CPU" + (": FAILED" if bad else "")))
     if x86:
-        summary.append(("ARM (portable)", "not run here: make test-arm emulates it"))
+        summary.append(("ARM (portable)", "NOT RUN: make test-arm emulates it"))
     print(f"CPU levels on {processor()}")
     for level, where in summary:
         print(f"  {level:<15} {where}")
