@@ -15,19 +15,30 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 # The tests run the GPU kernels in Triton's interpreter and compile them for GPUs that are not there.
 TRITON := $(if $(filter Linux,$(shell uname -s)),triton)
+WORKERS := -n auto --dist loadfile
 KERNELS := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench build clean
+.PHONY: help quickstart test test-all test-levels test-arm lint format bench build clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.built ## train an SAE on the embedded model, steer with it, write a page
 	$(BIN)/fastsae quickstart $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+test: $(VENV)/.built $(VENV)/.test ## the tests of all that can fail on this machine
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.built $(VENV)/.test ## what `make test` leaves out: GPU compilers, other CPU levels
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m slow $(ARGS)
+	$(BIN)/python tools/cpu_levels.py $(ARGS)
+
+test-levels: $(VENV)/.built $(VENV)/.test ## the C++ kernels at the CPU's lower levels
+	$(BIN)/python tools/cpu_levels.py $(ARGS)
+
+test-arm: $(VENV)/.built $(VENV)/.test ## the C++ kernels for ARM, under qemu
+	$(BIN)/python tools/emulate_arm.py $(ARGS)
 
 lint: $(VENV)/.lint ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .

@@ -5,10 +5,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Workers share the cores: a thread each, or OpenMP's threads wait for one another. Tests of
+# threading ask for theirs.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = (cores or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter: asked for before anyone imports it.
@@ -34,6 +43,37 @@ ON_HOST = not torch.cuda.is_available()
 # Absolute slack on top of twice the reference's own rounding error, for data of order 1.
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+# What another instruction set cannot change: GPU kernels, compilers, applications.
+NOT_CPU_KERNELS = re.compile(
+    "test_(triton_|cuda_|serve|quickstart|compare|cli_|sweep|embedded_model|vectors|stdlib_text|bench|"
+    "gpu_suite|layout|topk_encode_(triton|fused|fp8|hopper))"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu-kernels",
+        action="store_true",
+        help="only tests that the C++ kernels' instruction set can change (tools/cpu_levels.py)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--cpu-kernels"):
+        return
+
+    def depends(item: pytest.Item) -> bool:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return not (
+            NOT_CPU_KERNELS.match(item.path.name)
+            or any(p in ("reference", "triton", "cuda") for p in parameters if isinstance(p, str))
+            or "compile" in item.originalname
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not depends(item)])
+    items[:] = [item for item in items if depends(item)]
 
 
 def dtype_id(dtype: torch.dtype) -> str:

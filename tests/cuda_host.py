@@ -6,7 +6,6 @@ of topk_encode has a part of it only.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import artefacts
 import torch
 
 from fastsae import _dispatch
@@ -32,14 +32,11 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def digest(source: Path, *command: str) -> str:
-    """Changes with the source, its headers and how it is compiled."""
+def digest(source: Path, tool: list[str], *flags: str) -> str:
+    """Changes with the source, its headers, torch's version, and how and by what it is compiled."""
     headers = sorted(p for d in ("common", "cuda") for p in (ROOT / "csrc" / d).glob("*.h"))
-    files = [source, *headers, Path(__file__), *SHIM]
-    text = (
-        b"".join(p.read_bytes() for p in files) + " ".join([torch.__version__, *command]).encode()
-    )
-    return hashlib.sha256(text).hexdigest()[:16]
+    words = [torch.__version__, artefacts.version(*tool), " ".join(flags)]
+    return artefacts.digest(source, *headers, Path(__file__), *SHIM, *words)
 
 
 def compiler() -> str | None:
@@ -47,20 +44,19 @@ def compiler() -> str | None:
 
 
 def build(source: Path, cxx: str) -> Path:
-    name = f"{source.stem}-{digest(source, cxx, *FLAGS)}.so"
-    library = ROOT / "build" / "cuda_host" / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        temporary = library.with_suffix(f".{os.getpid()}")
-        home = Path(torch.__file__).parent
-        folders = [f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", f"-isystem{home / 'include'}"]
-        link = ["-o", str(temporary), f"-L{home / 'lib'}", "-ltorch_cpu"]
-        command = [*cxx.split(), *FLAGS, *folders, str(source), *link]
+    tool = cxx.split()
+    home = Path(torch.__file__).parent
+    folders = [f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", f"-isystem{home / 'include'}"]
+
+    def compile_to(library: Path) -> None:
+        link = ["-o", str(library), f"-L{home / 'lib'}", "-ltorch_cpu"]
+        command = [*tool, *FLAGS, *folders, str(source), *link]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr
         assert not built.stderr, f"warnings:\n{built.stderr}"
-        os.replace(temporary, library)
-    return library
+
+    name = f"{source.stem}-{digest(source, tool, *FLAGS)}.so"
+    return artefacts.kept(f"cuda_host/{name}", compile_to)
 
 
 @cache

@@ -1,25 +1,37 @@
-"""hypothesis, for the files that hold other tests too: without it only the property tests skip."""
+"""hypothesis for the tests that draw their cases; where it is not installed, they are skipped."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 try:
-    from hypothesis import given, settings
+    from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 except ImportError:
 
-    def given(*args, **kwargs):
+    class Anything:
+        """Stands for a strategy or a setting that nobody will use."""
+
+        def __getattr__(self, name: str) -> Anything:
+            return self
+
+        def __call__(self, *_: Any, **__: Any) -> Anything:
+            return self
+
+        def __or__(self, other: Any) -> Anything:
+            return self
+
+        __ror__ = __or__
+
+    HealthCheck = st = Anything()
+
+    def given(*_: Any, **__: Any) -> pytest.MarkDecorator:
         return pytest.mark.skip(reason="hypothesis is not installed")
 
-    def settings(*args, **kwargs):
+    def settings(*_: Any, **__: Any) -> Any:
         return lambda test: test
 
-    def _strategy(*args, **kwargs):
-        return None
 
-    st = SimpleNamespace(integers=_strategy, sampled_from=_strategy, data=_strategy)
-
-__all__ = ["given", "settings", "st"]
+__all__ = ["HealthCheck", "given", "settings", "st"]

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import artefacts
 import cuda_host
 import pytest
 import torch
@@ -19,6 +21,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 KERNEL = re.compile(r"Compiling entry function '\w+' for '(\w+)'")
 SPILL = re.compile(r"properties for (\w+)\s+\d+ bytes stack frame, ([1-9]\d*) bytes spill stores")
+
+
+def compiles_everything(test):
+    """Half a minute a file where it is not known yet."""
+    return pytest.mark.slow(pytest.mark.xdist_group("cuda_compile")(test))
 
 
 def build():
@@ -32,33 +39,42 @@ def build():
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """The architectures, and what ptxas says about every kernel: {op: file}."""
-    setup = build()
+    setup, objects = build(), tmp_path_factory.mktemp("objects")
     setup.CUDA_ARCHS = tuple(a for a in setup.CUDA_ARCHS if "+" not in a)  # PTX has no registers
     try:
         command, _ = setup.cuda_commands(setup.torch_dir(), tmp_path_factory.mktemp("stub"))
     except setup.BuildError as error:
         pytest.skip(str(error))
     command = [*command, "-Xptxas", "-v"]
+    # the same wherever the checkout and torch lie
+    flags = " ".join(command[1:]).replace(str(setup.torch_dir()), "").replace(str(ROOT), "")
 
     def compile_one(op):
         source = cuda_host.SOURCES[op]
-        known = ROOT / "build" / "cuda_ptxas" / f"{op}-{cuda_host.digest(source, *command)}.txt"
-        if not known.exists():  # half a minute a file
-            known.parent.mkdir(parents=True, exist_ok=True)
-            output = ["-o", str(known.with_suffix(".o"))]
+
+        def compile_to(path):  # half a minute a file
             run = subprocess.run(
-                [*command, str(source), *output], capture_output=True, text=True, check=False
-            )
+                [*command, str(source), "-o", str(path)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
             assert run.returncode == 0, run.stderr
-            known.write_text(run.stdout + run.stderr)
-        return op, known
+            with zipfile.ZipFile(path.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as both:
+                both.write(path, "object")
+                both.writestr("report", run.stdout + run.stderr)
+            os.replace(path.with_suffix(".zip"), path)
+
+        name = f"cuda_ptxas/{op}-{cuda_host.digest(source, command[:1], flags)}.zip"
+        with zipfile.ZipFile(artefacts.kept(name, compile_to)) as both:
+            (objects / f"{op}.o").write_bytes(both.read("object"))
+            (objects / f"{op}.txt").write_bytes(both.read("report"))
+        return op, objects / f"{op}.txt"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         archs = {f"sm_{a}" for a in re.findall(r"code=sm_(\w+)", " ".join(command))}
         return archs, dict(pool.map(compile_one, cuda_host.SOURCES))
 
 
-@pytest.mark.slow
+@compiles_everything
 def test_compiles_without_spills_for_every_architecture(reports):
     archs, outputs = reports
     assert archs and outputs
@@ -69,7 +85,7 @@ def test_compiles_without_spills_for_every_architecture(reports):
         assert SPILL.findall(text) == [], op
 
 
-@pytest.mark.slow
+@compiles_everything
 def test_the_product_of_topk_encode_is_what_was_counted(reports):
     """As benchmarks/NOTES.md says: tensor cores fed from shared memory, no fence of all memory."""
     archs, outputs = reports
@@ -107,7 +123,7 @@ void torch_c10_cuda_free_error_msg(char* m) {}
 """
 
 
-@pytest.mark.slow
+@compiles_everything
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the library itself is loaded")
 def test_links_and_registers_every_op(reports, tmp_path):
     """Each source alone: a build leaves out one that fails. With a stand-in for the functions of

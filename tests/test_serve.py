@@ -19,16 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from properties import HealthCheck, given, settings, st
 
-pytest.importorskip("hypothesis")
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
-
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.nn import TopKSAE  # noqa: E402

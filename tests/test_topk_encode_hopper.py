@@ -189,9 +189,14 @@ for turn in range(4):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not ON_HOST, reason="about the emulation")
-@pytest.mark.parametrize("fault", [None, *FAULTS])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        *(f if i == 0 else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(FAULTS)),
+    ],
+)
 def test_the_emulation_finds_faults(fault, tmp_path):
     text = cuda_host.SOURCES["topk_encode"].read_text()
     if fault is not None:

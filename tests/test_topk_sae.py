@@ -225,7 +225,6 @@ def test_compile_fullgraph_and_autocast():
     assert out.dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_inductor_trains_with_ordinary_gradients():
     """Compiled: gradients in `p.grad`, also under FusedAdam; the eager step still records them."""
     compiled_sae, eager = make(torch.float32), make(torch.float32)

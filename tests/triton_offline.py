@@ -38,6 +38,21 @@ def modules() -> list[str]:
     return sorted(p.stem for p in KERNELS.glob("*.py") if launched(p.stem))
 
 
+def sources(module: str) -> list[Path]:
+    """The module's file and those of triton_kernels/ that it imports, and those they import."""
+    found, ahead = set(), [module]
+    while ahead:
+        path = KERNELS / f"{ahead.pop()}.py"
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                ahead += [name.partition(".")[0] for name in names]
+    return sorted(found)
+
+
 def launched(module: str) -> set[str]:
     """Names launched in a module: every call of the form name[grid](...)."""
     calls = (
