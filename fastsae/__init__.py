@@ -8,6 +8,16 @@ choose and show backends.
 from . import nn, ops, optim
 from ._dispatch import explain, use_backend
 from ._version import __version__
+from ._warnings import SlowFallbackWarning
 from .info import info
 
-__all__ = ["__version__", "explain", "info", "nn", "ops", "optim", "use_backend"]
+__all__ = [
+    "SlowFallbackWarning",
+    "__version__",
+    "explain",
+    "info",
+    "nn",
+    "ops",
+    "optim",
+    "use_backend",
+]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _library
+from ._warnings import warn_slow
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = tuple(_library.PRIVATE_SCHEMAS)
@@ -116,9 +117,15 @@ def _select(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Cal
         if why is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {why}")
         return _implementation(op, forced)
+    reasons = []
     for backend in ORDER[op].get(device, ("reference",)):
-        if _missing(op, backend, device, dtype) is None:
+        why = _missing(op, backend, device, dtype)
+        if why is None:
+            # fp64 on a GPU is for checks: no kernel is missing that a build would bring
+            if backend == "reference" and (device == "cpu" or dtype != torch.float64):
+                warn_slow(op, torch.device(device), "; ".join(reasons) or f"none for {device}")
             return _implementation(op, backend)
+        reasons.append(why)
     raise AssertionError("reference is always usable")
 
 
