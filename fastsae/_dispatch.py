@@ -117,7 +117,7 @@ def _select(op: str, device: str, dtype: torch.dtype, forced: str | None) -> Cal
         if why is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {why}")
         return _implementation(op, forced)
-    reasons = []
+    reasons: list[str] = []
     for backend in ORDER[op].get(device, ("reference",)):
         why = _missing(op, backend, device, dtype)
         if why is None:

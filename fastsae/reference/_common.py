@@ -77,9 +77,9 @@ def _best_by_definition(scores: torch.Tensor, k: int) -> torch.Tensor:
 def weighted_sums(
     table: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """[S, D]: row s is the sum of weights[p] * table[rows[p]] over offsets[s] <= p < offsets[s + 1].
+    """[S, D]: row s sums weights[p] * table[rows[p]] over offsets[s] <= p < offsets[s + 1].
 
-    table [T, D] and weights [P] in one dtype, rows [P] and offsets [S + 1] int64. In the order of p.
+    table [T, D] and weights [P] in one dtype, rows [P] and offsets [S + 1] int64; in order of p.
     """
     if rows.numel() == 0 or table.numel() == 0:
         return table.new_zeros(len(offsets) - 1, table.shape[1])

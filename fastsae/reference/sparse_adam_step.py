@@ -1,4 +1,7 @@
-"""sparse_adam_step in plain PyTorch, some rows at a time. Forms the gradient rows; the compiled backends never do."""
+"""sparse_adam_step in plain PyTorch, some rows at a time.
+
+Forms the whole gradient; the compiled backends never do.
+"""
 
 from __future__ import annotations
 
