@@ -152,7 +152,9 @@ def load_service(
     readout = None
     if config.vocab_size * width <= _READOUT:
         with torch.no_grad():
-            readout = logit_effect(subject.model, torch.eye(width, device=device))
+            readout = logit_effect(
+                subject.model, torch.eye(width, dtype=torch.float32, device=device)
+            )
     return Service(
         subject.name,
         subject.tokenizer,

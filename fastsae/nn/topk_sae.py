@@ -408,7 +408,9 @@ def _normalize_rows_(weight: torch.Tensor, generator: torch.Generator | None = N
         zero = (norm == 0).squeeze(1)
         if generator is not None and zero.any():
             count = int(zero.sum())
-            fresh = torch.randn(count, weight.shape[1], generator=generator, device=weight.device)
+            fresh = torch.randn(
+                count, weight.shape[1], generator=generator, dtype=norm.dtype, device=weight.device
+            )
             weight[zero] = fresh.to(weight.dtype)
             norm[zero] = fresh.norm(dim=1, keepdim=True).to(norm.dtype)
         weight.div_(norm.where(norm > 0, 1))

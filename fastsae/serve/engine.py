@@ -425,7 +425,9 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         how = [rows[i].sampling for i in drawn]
-        heat = torch.tensor([max(s.temperature, 1e-4) for s in how], device=logits.device)
+        heat = torch.tensor(
+            [max(s.temperature, 1e-4) for s in how], dtype=torch.float32, device=logits.device
+        )
         # in fp32 a tiny top_p would be 0, which cuts the likeliest token too
         top_p = torch.tensor([s.top_p for s in how], dtype=torch.double, device=logits.device)
         scaled = (logits[drawn] / heat[:, None]).double()
@@ -433,7 +435,9 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         before = best.cumsum(-1) - best
         best = best * (before < top_p[:, None])  # the likeliest one always stays: top_p > 0
         total = best.cumsum(-1)
-        u = torch.stack([torch.rand((), generator=rows[i].generator) for i in drawn]).double()
+        u = torch.stack(
+            [torch.rand((), generator=rows[i].generator, dtype=torch.float32) for i in drawn]
+        ).double()
         at = (total <= (u.to(total.device) * total[:, -1])[:, None]).sum(-1)
         at = at.clamp(max=logits.shape[-1] - 1)
         chosen[drawn] = order.gather(1, at[:, None])[:, 0]

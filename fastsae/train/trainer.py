@@ -124,7 +124,7 @@ class Trainer:
         n = indices.shape[:-1].numel()
         self.step_count += 1
         self.tokens += n
-        l0 = (values.detach() > 0).sum() / max(n, 1)
+        l0 = (values.detach() > 0).sum().float() / max(n, 1)
         return loss.detach(), error.detach(), l0
 
     def fit(
