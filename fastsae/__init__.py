@@ -7,12 +7,13 @@ choose and show backends; `fastsae verify` checks every kernel on this machine.
 
 from . import nn, ops, optim
 from ._dispatch import explain, use_backend
-from ._verified import KernelCheckWarning
 from ._version import __version__
+from ._warnings import KernelCheckWarning, SlowFallbackWarning
 from .info import info
 
 __all__ = [
     "KernelCheckWarning",
+    "SlowFallbackWarning",
     "__version__",
     "explain",
     "info",

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from . import _library, _verified
-from ._verified import FAILED, PASSED, UNKNOWN, Check, KernelCheckWarning, Result
+from ._verified import FAILED, PASSED, UNKNOWN, Check, Result
+from ._warnings import KernelCheckWarning, warn_slow
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = tuple(_library.PRIVATE_SCHEMAS)
@@ -291,9 +292,12 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any
     """The first backend of `order` that can run and has been proved; kept, unless a check that
     could not be made now may be made later."""
     op, device, dtype, _ = key
+    reasons: list[str] = []
     unproved = None
     for i, backend in enumerate(order):
-        if _missing(op, backend, device, dtype) is not None:
+        missing = _missing(op, backend, device, dtype)
+        if missing is not None:
+            reasons.append(missing)
             continue
         run = _implementation(op, backend)
         if _is_guarded(device, backend):
@@ -307,13 +311,18 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any
             if not trusted:
                 if backend == "cpu" and _lower_level():
                     return _select(key)
+                reasons.append(f"the {backend} kernels did not pass their checks here")
                 continue
             if len(trusted) < len(results):
                 run = partial(_some_designs, key, order[i + 1 :], run, trusted)
-        elif backend == "reference" and unproved is not None:
-            from .verify import first_use
+        elif backend == "reference":
+            if unproved is not None:
+                from .verify import first_use
 
-            return backend, partial(first_use.reference, unproved, run)
+                return backend, partial(first_use.reference, unproved, run)
+            # fp64 on a GPU is for checks: no kernel is missing that a build would bring
+            if device.type != "cuda" or dtype != torch.float64:
+                warn_slow(op, device, "; ".join(reasons) or f"there are none for {device.type}")
         if unproved is None:
             _selected[key] = backend, run
         return backend, run

@@ -27,10 +27,6 @@ from ._version import __version__
 PASSED, FAILED, RUNNING, UNKNOWN = "passed", "failed", "running", "unknown"
 
 
-class KernelCheckWarning(UserWarning):
-    """A kernel failed its known-answer check on this device, or could not be checked there."""
-
-
 class Check(NamedTuple):
     """One known-answer check. On a CPU a design is an instruction-set level."""
 

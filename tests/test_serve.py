@@ -32,7 +32,7 @@ from fastsae.nn import TopKSAE  # noqa: E402
 from fastsae.serve import connections  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
 from fastsae.serve.connections import Impatient  # noqa: E402
-from fastsae.serve.engine import Engine, Event, FullError, Sampling  # noqa: E402
+from fastsae.serve.engine import ClosedError, Engine, Event, FullError, Sampling  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
 from fastsae.serve.text import TextStream  # noqa: E402
 from fastsae.steer import MaxActivations, clamp  # noqa: E402
@@ -246,7 +246,7 @@ def test_room_time_and_cancellation(service):
             engine.submit([1], Reader(), program=[clamp(0, 1.0)])
     finally:
         engine.close()
-    with pytest.raises(FullError):
+    with pytest.raises(ClosedError):
         engine.submit([1], Reader())
 
 

@@ -7,6 +7,7 @@ under a mode that refuses what would wait for a device and notes every allocatio
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fastsae
 from fastsae.nn import TopKSAE
 from fastsae.optim import FusedAdam
+from fastsae.train.trainer import TrainConfig, Trainer
 
 WAITS = {
     "_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "unique_dim",
@@ -92,6 +94,73 @@ def test_a_training_step_neither_waits_nor_allocates_by_data_on_triton(dtype, fm
     assert {"topk_encode", "sort", "searchsorted", "sparse_adam_step"} <= inside  # of the ops too
     with pytest.raises(AssertionError, match="nonzero"), Watched():
         torch.ones(3).nonzero()
+
+
+def with_aux(device, capacity, *, capturable=True):
+    """A Trainer's step with AuxK over a third of the latents, and its optimizer's rate in a
+    tensor; half of the dead ones died only now."""
+    sae = TopKSAE(D, F, K, seed=0, dtype=torch.float32, device=device)
+    if device == "cpu":
+        sae.b_enc.requires_grad_(False)
+        sae.b_dec.requires_grad_(False)
+    sae.last_fired[::3] = -100
+    lr = torch.tensor(1e-2, device=device) if capturable else 1e-2
+    opt = FusedAdam([p for p in sae.parameters() if p.requires_grad], lr=lr, capturable=capturable)
+    trainer = Trainer(sae, TrainConfig(20, warmup=3, dead_after=90, k_aux=16), opt)
+
+    def aux(x, out, n):
+        return sae.aux_loss(x, out, k_aux=16, dead_after=90, capacity=capacity)
+
+    trainer._aux_loss = aux
+    return sae, trainer
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: the graph itself is tested")
+@pytest.mark.parametrize("capacity", [F, 30], ids=["all", "some"])
+def test_a_step_with_auxk_neither_waits_nor_allocates_by_data_on_triton(capacity):
+    pytest.importorskip("triton")
+    noted = []
+    for dead in (range(0), range(0, F, 3), range(F - 12, F)):
+        sae, trainer = with_aux("cpu", capacity)
+        with fastsae.use_backend("triton"):
+            trainer.step(randn(N, D, seed=1))
+            sae.last_fired.fill_(int(sae.tokens_seen))
+            sae.last_fired[list(dead)] = -100
+            with Watched() as watched:
+                trainer.step(randn(N, D, seed=2))
+        noted.append(watched.shapes)
+    assert noted[0] == noted[1] == noted[2]
+    with pytest.raises(AssertionError, match="nonzero"), Watched():
+        with_aux("cpu", None)[1].step(randn(N, D, seed=1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_trainer_step_with_auxk_is_the_eager_one():
+    results = []
+    xs = [randn(64, D, seed=s).cuda() for s in range(6)]
+    for captured in (False, True):
+        sae, trainer = with_aux("cuda", F)
+        del trainer._aux_loss  # the Trainer's own: by a late count, and by F in a graph
+        buffer = xs[0].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for x in xs[:3]:
+                buffer.copy_(x)
+                trainer.step(buffer)
+        torch.cuda.current_stream().wait_stream(stream)
+        rate = trainer.config.lr_at(3)
+        trainer.config = replace(trainer.config, lr=rate, warmup=0, decay=0.0)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                trainer.step(buffer)
+        for x in xs[3:]:
+            buffer.copy_(x)
+            graph.replay() if captured else trainer.step(buffer)
+        results.append([t.detach().clone() for t in sae.state_dict().values()])
+    for eager, replayed in zip(*results, strict=True):
+        torch.testing.assert_close(eager, replayed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

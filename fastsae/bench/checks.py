@@ -20,7 +20,7 @@ SLAB = 1 << 27  # elements of an fp64 copy made at a time
 
 def sample(n: int, most: int) -> torch.Tensor:
     """At most `most` of n rows: the first, the last, and evenly between."""
-    return torch.linspace(0, n - 1, min(n, most)).round().long().unique()
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long().unique()
 
 
 def _within(error: float, bound: float) -> None:
@@ -246,7 +246,7 @@ def grad_weight(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor,
 
 def fresh_moments(param: torch.Tensor, fmt: str) -> moments.Moments:
     """Zeros."""
-    zeros = torch.zeros(param.shape, device=param.device)
+    zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
     latents = torch.arange(len(param), device=param.device)
     return moments.store(zeros, zeros.clone(), fmt, 1, latents)
 

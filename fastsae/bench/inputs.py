@@ -16,7 +16,7 @@ def normal(
     *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> torch.Tensor:
     g = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=g, device=device).to(dtype)
+    return torch.randn(*shape, generator=g, dtype=torch.float32, device=device).to(dtype)
 
 
 def unit_rows(
@@ -27,7 +27,7 @@ def unit_rows(
         g = torch.Generator(device).manual_seed(seed)
         out = torch.empty(rows, d, dtype=dtype, device=device)
         for slab in out.split(max(1, (1 << 28) // d)):
-            w = torch.randn(len(slab), d, generator=g, device=device)
+            w = torch.randn(len(slab), d, generator=g, dtype=torch.float32, device=device)
             slab.copy_(w / w.norm(dim=-1, keepdim=True))
         return out
     w = normal(*shape, seed=seed)
@@ -43,9 +43,9 @@ def random_pairs(
     uniformly, half towards low numbers (log-uniform), so that some latents own many pairs.
     """
     g = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(n, 2 * k, generator=g)
-    skewed = torch.exp(uniform * torch.log(torch.tensor(float(f)))) - 1
-    pick = torch.where(torch.rand(n, 2 * k, generator=g) < 0.5, uniform * f, skewed)
+    uniform, which = (torch.rand(n, 2 * k, generator=g, dtype=torch.float32) for _ in range(2))
+    skewed = torch.exp(uniform * torch.log(torch.tensor(f, dtype=torch.float32))) - 1
+    pick = torch.where(which < 0.5, uniform * f, skewed)
     candidates = pick.long().clamp_(max=f - 1)
     indices = torch.empty(n, k, dtype=torch.int32)
     for row in range(n):
@@ -55,5 +55,5 @@ def random_pairs(
             extra = torch.randint(f, (k,), generator=g)
             unique = torch.unique(torch.cat([unique, extra]))[:k]
         indices[row] = unique.int()
-    values = torch.rand(n, k, generator=g).to(dtype) + 0.1
+    values = torch.rand(n, k, generator=g, dtype=torch.float32).to(dtype) + 0.1
     return values, indices

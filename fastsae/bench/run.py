@@ -188,9 +188,11 @@ def ceilings(device: str, dtype: torch.dtype, quick: bool = False) -> dict[str, 
     """
     cuda = torch.device(device).type == "cuda"
     side = 8192 if cuda else (512 if quick else 2048)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     megabytes = 1024 if cuda else (64 if quick else 256)
-    table = torch.ones((megabytes << 20) // 8192, 8192 // dtype.itemsize, device=device).to(dtype)
+    table = torch.ones(
+        (megabytes << 20) // 8192, 8192 // dtype.itemsize, dtype=dtype, device=device
+    )
     target = torch.empty_like(table)
     picks = torch.randperm(len(table), device=device)
     runs: dict[str, tuple[Callable[[], Any], float]] = {

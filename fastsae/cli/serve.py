@@ -42,7 +42,11 @@ def serve(
     new_tokens: int = typer.Option(512, min=1, help="Most tokens a sequence may have written."),
     seconds: float = typer.Option(120.0, min=0.1, help="Time limit of a sequence."),
 ) -> None:
-    """Serve the model with its latents on sliders: a chat page, and /v1 for OpenAI clients."""
+    """Serve the model with its latents on sliders: a chat page, and /v1 for OpenAI clients.
+
+    Ends with status 1 when the device is lost (an illegal access, say): every request gets its
+    answer first, and another process is needed.
+    """
     try:
         import rich  # noqa: F401
         import transformers  # noqa: F401
@@ -78,13 +82,19 @@ def serve(
             threading.Thread(target=service.engine.close).start()
             super().handle_exit(sig, frame)
 
-    Server(
+    server = Server(
         uvicorn.Config(
             app, host=host, port=port, http=Impatient, log_level="warning", timeout_keep_alive=10,
             timeout_graceful_shutdown=10,
         )
-    ).run(sockets=[listening])  # fmt: skip
+    )  # fmt: skip
+    # every request has had its answer by then; whoever supervises this process starts another
+    service.engine.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
     service.engine.close()
+    if service.engine.failure is not None:
+        typer.echo(f"the model cannot run any more: {service.engine.failure}", err=True)
+        raise typer.Exit(1)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -142,7 +152,9 @@ def load_service(
     readout = None
     if config.vocab_size * width <= _READOUT:
         with torch.no_grad():
-            readout = logit_effect(subject.model, torch.eye(width, device=device))
+            readout = logit_effect(
+                subject.model, torch.eye(width, dtype=torch.float32, device=device)
+            )
     return Service(
         subject.name,
         subject.tokenizer,

@@ -109,9 +109,9 @@ def score_latents(
     seen = effect.masked_fill((token_counts < 3).to(effect.device), -torch.inf)
     promoted = seen.topk(min(n_promoted, effect.shape[1]), dim=-1).indices.cpu()
     share = token_counts.double() / token_counts.sum()
-    concentration = torch.zeros(n_latents)
-    worded = torch.zeros(n_latents)
-    agreement = torch.zeros(n_latents)
+    concentration = torch.zeros(n_latents, dtype=torch.float32)
+    worded = torch.zeros(n_latents, dtype=torch.float32)
+    agreement = torch.zeros(n_latents, dtype=torch.float32)
     for j in range(n_latents):
         if stats.count[j] == 0:
             continue

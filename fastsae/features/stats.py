@@ -25,7 +25,7 @@ class FeatureStats:
         self.n_tokens = 0
         self.count = torch.zeros(n_latents, dtype=torch.long)
         self.total = torch.zeros(n_latents, dtype=torch.float64)
-        self.max = torch.zeros(n_latents)
+        self.max = torch.zeros(n_latents, dtype=torch.float32)
         self._top = _TopPlaces(n_latents, kept)
         self._random = _TopPlaces(n_latents, sampled)
         self._seed = seed
@@ -54,7 +54,7 @@ class FeatureStats:
         # the strongest place of every (latent, window), the first of equals: [F, B]
         n_latents, n_windows = len(self.count), places.shape[0]
         group = latent * n_windows + windows
-        best = torch.zeros(n_latents * n_windows)
+        best = torch.zeros(n_latents * n_windows, dtype=torch.float32)
         best.scatter_reduce_(0, group, value, "amax")
         strongest = value == best[group]
         nowhere = torch.iinfo(torch.long).max
@@ -70,7 +70,7 @@ class FeatureStats:
     @property
     def density(self) -> torch.Tensor:
         """[F] share of tokens on which the latent fires."""
-        return self.count / max(1, self.n_tokens)
+        return self.count.float() / max(1, self.n_tokens)
 
     @property
     def mean_active(self) -> torch.Tensor:
@@ -91,7 +91,7 @@ class _TopPlaces:
 
     def __init__(self, n_latents: int, kept: int):
         self.rank = torch.full((n_latents, kept), -torch.inf, dtype=torch.float64)
-        self.value = torch.zeros(n_latents, kept)
+        self.value = torch.zeros(n_latents, kept, dtype=torch.float32)
         self.place = torch.full((n_latents, kept), -1, dtype=torch.long)
 
     def add(self, rank: torch.Tensor, value: torch.Tensor, place: torch.Tensor) -> None:

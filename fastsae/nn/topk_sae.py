@@ -268,6 +268,7 @@ class TopKSAE(nn.Module):
         *,
         k_aux: int = 256,
         dead_after: int = 10_000_000,
+        capacity: int | None = None,
     ) -> torch.Tensor:
         r"""AuxK: how badly the dead latents alone reconstruct what the others left over.
 
@@ -283,30 +284,52 @@ class TopKSAE(nn.Module):
             x: [..., D] the batch; reconstruction: [..., D] what `forward(x)` gave.
             k_aux: the source takes 256; about D / 2 is common.
             dead_after: tokens without firing.
+            capacity: None reads the number of dead latents, for which the host waits on a GPU.
+                Given a number, it does not, and a CUDA graph can hold the call: that many latents,
+                those longest without firing, are looked at, and the dead ones among them compete.
+                The same result as with None while no more than `capacity` are dead; always with
+                d_sae, at the price of another product over all latents. `fastsae.train` gives a
+                bound that the host knows. With FusedAdam(lazy=True), latents that fill the
+                capacity may count as touched.
 
         Returns:
             A scalar; zero when no latent is dead.
 
         Source: Gao et al. 2024, appendix A.2.
         """
-        dead = self.dead_latents(dead_after)
-        if dead.numel() == 0:
+        bias: torch.Tensor = self.b_enc
+        scale = self._rank_scale()
+        competing: torch.Tensor | None
+        if capacity is None:
+            competing = self.dead_latents(dead_after)
+            size = competing.numel()
+        else:
+            since = self.tokens_since_fired()
+            size = min(capacity, self.d_sae)
+            # in ascending order, which settles ties
+            competing = since.topk(size).indices.sort().values if size < self.d_sae else None
+            dead = since >= dead_after
+            bias = torch.where(dead, bias, -torch.inf)
+            scale = None if scale is None else torch.where(dead, scale, 1)  # -inf * 0 is NaN
+        if size == 0:
             return reconstruction.new_zeros(())
         residual = (x.to(reconstruction.dtype) - reconstruction).detach()
-        scale = self._rank_scale()
         values, indices = topk_encode(
             self._center(x),
             self.W_enc,
-            self.b_enc,
-            min(k_aux, dead.numel()),
+            bias,
+            min(k_aux, size),
             activation=self.activation,
             rank_scale=scale,
-            latents=dead,
+            latents=competing,
         )
+        if capacity is not None:
+            values = torch.where(dead[indices.long()], values, 0)
         found = sparse_decode(values, indices, self.W_dec)
         flat = residual.reshape(-1, self.d_in)
         variance = (flat - flat.mean(0)).float().square().sum().clamp_min(1e-12)
-        return (found - residual).float().square().sum() / variance
+        loss = (found - residual).float().square().sum() / variance
+        return loss if capacity is None else loss * dead.any()
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -408,7 +431,9 @@ def _normalize_rows_(weight: torch.Tensor, generator: torch.Generator | None = N
         zero = (norm == 0).squeeze(1)
         if generator is not None and zero.any():
             count = int(zero.sum())
-            fresh = torch.randn(count, weight.shape[1], generator=generator, device=weight.device)
+            fresh = torch.randn(
+                count, weight.shape[1], generator=generator, dtype=norm.dtype, device=weight.device
+            )
             weight[zero] = fresh.to(weight.dtype)
             norm[zero] = fresh.norm(dim=1, keepdim=True).to(norm.dtype)
         weight.div_(norm.where(norm > 0, 1))

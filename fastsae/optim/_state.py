@@ -117,4 +117,6 @@ def moments_of(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
 
 
 def _step_tensor(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    return torch.zeros((), device=param.device if group["capturable"] else "cpu")
+    # in bf16, which a default dtype may be, counting ends at 256
+    device = param.device if group["capturable"] else "cpu"
+    return torch.zeros((), dtype=torch.float32, device=device)

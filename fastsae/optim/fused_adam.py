@@ -211,7 +211,7 @@ class FusedAdam(torch.optim.Optimizer):
         for group, options, lr in zip(self.param_groups, own, own_lr, strict=True):
             group |= options | {"lazy": group.get("lazy", False)}
             if isinstance(lr, torch.Tensor):  # what a captured graph reads
-                group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = lr.copy_(torch.as_tensor(group["lr"], dtype=torch.float64))
             else:
                 group["lr"] = float(group["lr"])
             for param in group["params"]:

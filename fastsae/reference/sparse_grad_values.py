@@ -1,4 +1,4 @@
-"""sparse_grad_values in plain PyTorch, one active latent at a time."""
+"""sparse_grad_values in plain PyTorch, some tokens at a time so that [N, K, D] never exists."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import torch
 
 from ._common import acc_dtype, check_range
 
+_ELEMENTS = 1 << 20  # of the rows gathered at a time
+
 
 def sparse_grad_values(
     grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor
 ) -> torch.Tensor:
     """See `fastsae.ops.sparse_grad_values`."""
     index = check_range("sparse_grad_values", indices, W_dec.shape[0])
+    n, k = index.shape
     acc = acc_dtype(W_dec.dtype)
-    grad = grad_out.to(acc)
-    out = torch.empty(indices.shape, dtype=acc, device=grad_out.device)
-    for j in range(indices.shape[1]):
-        out[:, j] = (grad * W_dec[index[:, j]].to(acc)).sum(1)
-    return out.to(W_dec.dtype)
+    grad = grad_out.to(acc)[:, :, None]  # [N, D, 1]
+    out = torch.empty(n, k, 1, dtype=acc, device=grad_out.device)
+    size = max(1, _ELEMENTS // max(1, k * W_dec.shape[1]))
+    for at in (slice(begin, begin + size) for begin in range(0, n, size)):
+        out[at] = W_dec[index[at]].to(acc) @ grad[at]
+    return out[:, :, 0].to(W_dec.dtype)

@@ -1,21 +1,26 @@
-"""sparse_grad_weight in plain PyTorch: dense and row-sparse results."""
+"""sparse_grad_weight in plain PyTorch: dense and row-sparse results.
+
+The pairs are grouped by latent, those of one latent in the order of the tokens, so a result is
+repeatable: no row is added to by two threads.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ._common import acc_dtype, check_range
+from ._common import acc_dtype, check_range, weighted_sums
 
 
-def _accumulate(
-    values: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, n_rows: int
+def _sums(
+    values: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
 ) -> torch.Tensor:
     acc = acc_dtype(rows.dtype)
-    out = torch.zeros(n_rows, rows.shape[1], dtype=acc, device=rows.device)
-    wide = rows.to(acc)
-    for j in range(values.shape[1]):
-        out.index_add_(0, index[:, j], values[:, j, None].to(acc) * wide)
-    return out.to(rows.dtype)
+    tokens = order // max(1, values.shape[1])
+    weights = values.flatten().to(acc)[order]
+    return weighted_sums(rows.to(acc), tokens, offsets, weights).to(rows.dtype)
 
 
 def sparse_grad_weight(
@@ -23,7 +28,9 @@ def sparse_grad_weight(
 ) -> torch.Tensor:
     """See `fastsae.ops.sparse_grad_weight` with layout="dense"."""
     index = check_range("sparse_grad_weight", indices, n_latents)
-    return _accumulate(values, index, rows, n_latents)
+    latents, order = index.flatten().sort(stable=True)
+    offsets = torch.searchsorted(latents, torch.arange(n_latents + 1, device=latents.device))
+    return _sums(values, order, offsets, rows)
 
 
 def sparse_grad_weight_rows(
@@ -31,6 +38,7 @@ def sparse_grad_weight_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `fastsae.ops.sparse_grad_weight` with layout="rows"."""
     index = check_range("sparse_grad_weight_rows", indices, n_latents)
-    latents, position = index.unique(return_inverse=True)
-    grads = _accumulate(values, position.view_as(index), rows, latents.numel())
-    return latents.to(torch.int32), grads
+    latents, order = index.flatten().sort(stable=True)
+    active, counts = latents.unique_consecutive(return_counts=True)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return active.to(torch.int32), _sums(values, order, offsets, rows)

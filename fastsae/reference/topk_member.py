@@ -1,10 +1,10 @@
-"""topk_member in plain PyTorch: the whole score matrix, and who is better."""
+"""topk_member in plain PyTorch: all scores, and who is among the best."""
 
 from __future__ import annotations
 
 import torch
 
-from ._common import acc_dtype
+from ._common import best, score_blocks
 
 
 def check_latents(latents: torch.Tensor, n_latents: int) -> None:
@@ -33,16 +33,14 @@ def topk_member(
 
     x [..., D] of N tokens, latents [P, J]: N / P neighbouring tokens share a list. Returns [N, J].
     """
-    acc = acc_dtype(x.dtype)
-    scores = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(acc) @ W_enc.to(acc).T  # [N, F]
-    if b_enc is not None:
-        scores = scores + b_enc.to(acc)
-    ranks = scores if rank_scale is None else scores * rank_scale.to(acc)
     check_latents(latents, len(W_enc))
-    wanted = latents.long().repeat_interleave(len(scores) // max(len(latents), 1), 0)
-    # stable and descending: ties keep the lowest index first, NaN ranks above +inf
-    best = ranks.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, best, True)
-    at = wanted.clamp(min=0)
-    member = chosen.gather(1, at) & (wanted >= 0)
-    return member & ~(scores.gather(1, at) <= 0) if positive else member
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    wanted = latents.long().repeat_interleave(len(x) // max(len(latents), 1), 0)
+    member = torch.empty(wanted.shape, dtype=torch.bool, device=x.device)
+    for rows, scores in score_blocks(x, W_enc, b_enc):
+        ranks = scores if rank_scale is None else scores * rank_scale.to(scores.dtype)
+        chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, best(ranks, k), True)
+        at = wanted[rows].clamp(min=0)
+        found = chosen.gather(1, at) & (wanted[rows] >= 0)
+        member[rows] = found & ~(scores.gather(1, at) <= 0) if positive else found
+    return member

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from .engine import CANCELLED, TIME, FullError
+from .engine import CANCELLED, TIME, ClosedError, FullError
 from .guard import LOOPBACK, Guard, error_body
 from .protocol import (
     ChatRequest,
@@ -56,6 +56,10 @@ def create_app(
         response = _error(429, f"{error}; try again in a moment", "rate_limit_error")
         response.headers["retry-after"] = "2"
         return response
+
+    @app.exception_handler(ClosedError)
+    async def closed(_: Request, error: ClosedError) -> Response:
+        return _error(503, str(error), "server_error")
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

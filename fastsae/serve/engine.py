@@ -28,6 +28,24 @@ class FullError(Exception):
     """As many sequences run and wait as are allowed."""
 
 
+class ClosedError(Exception):
+    """The engine has ended, or is about to."""
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error of CUDA or HIP itself came up: after most of them every call fails.
+
+    They cannot be told from the few that would pass, and to ask the device is a call like any
+    other. Running out of memory is torch's own error and no such one.
+    """
+    kind = getattr(torch, "AcceleratorError", None)
+    if kind is not None and isinstance(error, kind):
+        return True
+    text = str(error)
+    lost = "CUDA error:" in text or "HIP error:" in text
+    return isinstance(error, RuntimeError) and lost and "_ALLOC_FAILED" not in text
+
+
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 takes the likeliest token; top_p cuts the tail of the distribution."""
@@ -70,6 +88,11 @@ class Engine:
         eos: token ids that end a sequence.
         rows: sequences generated at a time.
         waiting: sequences that may wait for a place.
+
+    An error while tokens are made ends the sequences of that batch, with the error, and the engine
+    goes on. Where the device is lost, or what would bring the engine in order again fails too,
+    every sequence gets the error, the engine takes no more (`ClosedError`), its thread ends without
+    touching the device again, `failure` says why and `on_failure` is called.
     """
 
     def __init__(
@@ -83,10 +106,12 @@ class Engine:
         self.model, self.steerer, self.rows = model, steerer, rows
         self._eos = frozenset(eos)
         self._room = rows + waiting
+        self.failure: str | None = None
+        self.on_failure: Callable[[], None] = lambda: None  # called in the engine's thread
         self._device = next(model.parameters()).device
         self._wake = threading.Condition()
         self._waiting: deque[Row] = deque()  # touched under `_wake` only
-        self._count = 0  # rows that wait or run
+        self._open: dict[Row, None] = {}  # rows that have not been told their end, in order
         self._closed = False
         self._live: list[Row] = []
         self._cache: Any = None
@@ -113,6 +138,7 @@ class Engine:
 
         Raises:
             FullError: no room to wait.
+            ClosedError: the engine was closed or has failed.
             ValueError: the prompt is empty, or the program does not fit the SAE.
         """
         return self.submit_all([(prompt, emit, program)], sampling, max_tokens, seconds)[0]
@@ -141,10 +167,10 @@ class Engine:
             rows.append(row)
         with self._wake:
             if self._closed:
-                raise FullError("the server is shutting down")
-            if self._count + len(rows) > self._room:
+                raise ClosedError("the server is shutting down")
+            if len(self._open) + len(rows) > self._room:
                 raise FullError("too many requests are waiting")
-            self._count += len(rows)
+            self._open |= dict.fromkeys(rows)
             self._waiting.extend(rows)
             self._wake.notify()
         return rows
@@ -170,7 +196,7 @@ class Engine:
     @property
     def load(self) -> int:
         """Sequences that wait or run."""
-        return self._count
+        return len(self._open)
 
     def close(self) -> None:
         """Ends every sequence and the thread."""
@@ -182,25 +208,43 @@ class Engine:
     # -- in the engine's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
+        """Whatever ends this thread, no row is left without an end."""
+        error = None
+        try:
+            self._serve()
+        except BaseException as failed:
+            error = _told(failed)
+        with self._wake:
+            self._closed, self.failure = True, error
+            rows = list(self._open)
+            self._waiting.clear()
+        end = Event(finish=CANCELLED) if error is None else Event(error=error)
+        for row in rows:
+            self._finish(row, end)
+        if error is not None:
+            self.on_failure()
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 while not self._closed and not self._live and not self._waiting:
                     self._wake.wait()
                 if self._closed:
-                    break
+                    return
             try:
                 with torch.inference_mode():
                     self._turn()
-            except Exception as error:  # the batch is lost, the server is not
-                self._in_force = []
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                with self._wake:
+                    waiting = set(self._waiting)
+                    lost = [row for row in self._open if row not in waiting]
+                for row in lost:  # before what follows, which may fail too
+                    self._finish(row, Event(error=_told(error)))
+                self._in_force, self._live, self._cache, self._mask = [], [], None, None
                 if self.steerer is not None:
                     self.steerer.clear()
-                rows, self._live, self._cache, self._mask = self._live, [], None, None
-                for row in rows:
-                    self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
-        for row in (*self._live, *self._waiting):  # closed: nothing is added any more
-            self._finish(row, Event(finish=CANCELLED))
-        self._live = []
 
     def _turn(self) -> None:
         self._leave()
@@ -235,8 +279,11 @@ class Engine:
         return TIME if time.monotonic() > row.deadline else None
 
     def _finish(self, row: Row, event: Event) -> None:
+        """Tells the row's end, once."""
         with self._wake:
-            self._count -= 1
+            if row not in self._open:
+                return
+            del self._open[row]
         self._tell(row, event)
 
     def _tell(self, row: Row, event: Event) -> None:
@@ -276,11 +323,11 @@ class Engine:
 
     def _join(self, new: list[Row]) -> None:
         """Reads the prompts of new rows, takes their first token and puts them into the batch."""
-        from transformers import DynamicCache
-
         longest = max(len(row.prompt) for row in new)
-        cache = DynamicCache()
         try:
+            from transformers import DynamicCache
+
+            cache = DynamicCache()
             ids = torch.zeros(len(new), longest, dtype=torch.long)
             mask = torch.zeros(len(new), longest, dtype=torch.long)
             for i, row in enumerate(new):
@@ -291,8 +338,10 @@ class Engine:
                 new, ids.to(self._device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache
             )
         except Exception as error:  # of the new rows only: the batch has not been touched
+            if is_device_lost(error):
+                raise
             for row in new:
-                self._finish(row, Event(error=f"{type(error).__name__}: {error}"))
+                self._finish(row, Event(error=_told(error)))
             return
         old, self._live = self._live, [*self._live, *new]
         if old:
@@ -354,6 +403,10 @@ class Engine:
                 self._tell(row, Event(token=token))
 
 
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _widened(tensor: torch.Tensor, width: int, axis: int) -> torch.Tensor:
     """Zeros in front along an axis."""
     missing = width - tensor.shape[axis]
@@ -372,7 +425,9 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         how = [rows[i].sampling for i in drawn]
-        heat = torch.tensor([max(s.temperature, 1e-4) for s in how], device=logits.device)
+        heat = torch.tensor(
+            [max(s.temperature, 1e-4) for s in how], dtype=torch.float32, device=logits.device
+        )
         # in fp32 a tiny top_p would be 0, which cuts the likeliest token too
         top_p = torch.tensor([s.top_p for s in how], dtype=torch.double, device=logits.device)
         scaled = (logits[drawn] / heat[:, None]).double()
@@ -380,7 +435,9 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         before = best.cumsum(-1) - best
         best = best * (before < top_p[:, None])  # the likeliest one always stays: top_p > 0
         total = best.cumsum(-1)
-        u = torch.stack([torch.rand((), generator=rows[i].generator) for i in drawn]).double()
+        u = torch.stack(
+            [torch.rand((), generator=rows[i].generator, dtype=torch.float32) for i in drawn]
+        ).double()
         at = (total <= (u.to(total.device) * total[:, -1])[:, None]).sum(-1)
         at = at.clamp(max=logits.shape[-1] - 1)
         chosen[drawn] = order.gather(1, at[:, None])[:, 0]

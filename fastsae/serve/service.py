@@ -16,7 +16,7 @@ import torch
 from ..features.tokens import TokenText
 from ..steer import SAEDescription
 from ..steer.operations import Operation
-from .engine import Engine, Event, Row, Sampling
+from .engine import ClosedError, Engine, Event, Row, Sampling
 from .protocol import Limits, Sampled, operations
 from .text import TextStream
 
@@ -153,7 +153,8 @@ class Service:
         stops: Sequence[str] = (),
         same_seed: bool = False,
     ) -> Job:
-        """Raises RefusedError for what does not fit, FullError when there is no room."""
+        """Raises RefusedError for what does not fit, FullError when there is no room, ClosedError
+        when the engine has ended."""
         limits = self.limits
         if len(prompts) > limits.sequences:
             raise RefusedError(400, f"at most {limits.sequences} sequences a request")
@@ -214,6 +215,8 @@ class Service:
 
         Without a query, those that the labels know first.
         """
+        if self.engine.failure is not None:  # what follows would ask the device
+            raise ClosedError("the server is shutting down")
         if self.sae is None:
             return []
         n_latents = len(self.sae.W_dec)

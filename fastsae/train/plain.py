@@ -31,7 +31,7 @@ class PlainTopKStep:
         )
         parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
         self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
-        self.steps_since_fired = torch.zeros(W_dec.shape[0], device=W_dec.device)
+        self.steps_since_fired = torch.zeros(W_dec.shape[0], dtype=torch.int64, device=W_dec.device)
 
     def __call__(self, x: torch.Tensor) -> float:
         """Trains on x [N, D]; returns the mean squared error."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..nn import TopKSAE
 from ..nn._files import write_atomic
 from ..optim import FusedAdam
 from ..reference.moments import FORMATS
+from .ahead import DeadBound, prefetched, rounded
 
 _FORMAT, _VERSION = "fastsae.Trainer", 1
 
@@ -103,29 +105,49 @@ class Trainer:
         self._project = optimizer is not None and not isinstance(optimizer, FusedAdam)
         self.step_count = 0
         self.tokens = 0
+        self._dead = DeadBound(config.dead_after)
 
     def step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step on a batch [..., D]; returns loss, fvu and l0 as scalar tensors."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step_count)
+            rate = config.lr_at(self.step_count)
+            if isinstance(group["lr"], torch.Tensor):  # which a captured step reads
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        n = x.shape[:-1].numel()
         values, indices = self.sae.encode(x)
         out = self.sae.decode(values, indices)
         error = fvu(x, out)
         loss = error
         if config.aux_coefficient:
-            aux = self.sae.aux_loss(x, out, k_aux=config.k_aux, dead_after=config.dead_after)
+            aux = self._aux_loss(x, out, n)
             loss = error + config.aux_coefficient * aux
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self._project and self.sae.normalize_decoder:
             self.sae.normalize_decoder_()
-        n = indices.shape[:-1].numel()
         self.step_count += 1
         self.tokens += n
-        l0 = (values.detach() > 0).sum() / max(n, 1)
+        l0 = (values.detach() > 0).sum().float() / max(n, 1)
         return loss.detach(), error.detach(), l0
+
+    def _aux_loss(self, x: torch.Tensor, out: torch.Tensor, n: int) -> torch.Tensor:
+        """On a GPU without waiting for the number of dead latents. Lazy steps need it exactly."""
+        config = self.config
+        options: dict[str, Any] = {"k_aux": config.k_aux, "dead_after": config.dead_after}
+        if x.device.type == "cuda" and isinstance(self.sae, TopKSAE) and not config.lazy:
+            options["capacity"] = self._capacity(n)
+        return self.sae.aux_loss(x, out, **options)
+
+    def _capacity(self, n: int) -> int:
+        d_sae = self.sae.d_sae
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return d_sae  # a replay must hold for any number
+        bound = self._dead.update(self.sae.tokens_since_fired(), self.tokens + n, n)
+        return rounded(bound, d_sae)
 
     def fit(
         self,
@@ -139,7 +161,8 @@ class Trainer:
         """Runs until `config.steps` steps are done or the batches end.
 
         Args:
-            batches: activations [..., D]. After `load`, start them at `step_count`.
+            batches: activations [..., D]. After `load`, start them at `step_count`. Those on the
+                CPU reach a GPU through pinned memory, each while the one before it is trained on.
             progress: a tqdm bar.
             on_log: called with every record, each `config.log_every` steps and at the end.
             checkpoint: written every `checkpoint_every` steps and at the end, see `save`.
@@ -154,12 +177,9 @@ class Trainer:
         sums: list[torch.Tensor] = []
         start, tokens = time.perf_counter(), self.tokens
         bar = _bar(config.steps, self.step_count) if progress else None
-        source = iter(batches)
-        while self.step_count < config.steps:
-            x = next(source, None)
-            if x is None:
-                break
-            sums.append(torch.stack(self.step(x.to(device, non_blocking=True))))
+        wanted = islice(batches, max(0, config.steps - self.step_count))
+        for x in prefetched(wanted, device):
+            sums.append(torch.stack(self.step(x)))
             last = self.step_count == config.steps
             if self.step_count % config.log_every == 0 or last:
                 records.append(self._record(sums, tokens, start))
@@ -243,6 +263,7 @@ class Trainer:
             raise ValueError(f"{path}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_count, self.tokens = state["step_count"], state["tokens"]
+        self._dead = DeadBound(self.config.dead_after)
 
 
 def train_sae(
