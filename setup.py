@@ -351,7 +351,7 @@ def sources(pattern: str, *folders: str) -> list[str]:
 
 SOURCES = {
     "fastsae._cpu": sources("*.cpp", "csrc/common", "csrc/cpu"),
-    "fastsae._cuda": sources("*.cu", "csrc/cuda"),
+    "fastsae._cuda": sources("*.cu", "csrc/common", "csrc/cuda"),
 }
 
 if __name__ == "__main__":  # tests import the functions above

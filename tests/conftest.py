@@ -33,9 +33,12 @@ import fastsae  # noqa: E402
 from fastsae import _dispatch  # noqa: E402
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    import triton_launches
+
     from fastsae.verify import interpreter
 
     interpreter.repair()
+    triton_launches.install()
 
 # Without a GPU the CUDA kernels run on the CPU, compiled against tests/cuda_on_host.h.
 ON_HOST = not torch.cuda.is_available()

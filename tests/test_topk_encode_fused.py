@@ -22,8 +22,13 @@ SMALL = fused.FusedConfig(16, 64, 16, 32, 4, 2, records=16)
 
 
 @pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
+def small_buffers(monkeypatch, request):
     """A row's keys are cut more than once in a phase."""
+    if (
+        getattr(request.node, "callspec", None)
+        and request.node.callspec.params.get("tile") == "production"
+    ):
+        return  # as a device takes it: small tiles compile to other tensor-core instructions
     small = keys_module.FilterConfig(128, 64, 1)
     monkeypatch.setattr(keys_module, "filter_config", lambda k, rows: small)
 
@@ -37,7 +42,11 @@ def integers(n, d, f, dtype=torch.bfloat16):
     return [t.to(dtype).to(DEVICE) for t in (x, W, b, scale)]
 
 
-def select(x, W, b, k, scale=None, config=SMALL):
+TILES = pytest.mark.parametrize("tile", ["small", "production"])
+
+
+def select(x, W, b, k, scale=None, config=SMALL, tile="small"):
+    config = None if tile == "production" else config
     chunks = encode_module.Chunks(slab=len(x) * 128)
     keys = encode_module.select_fused(x, W, b, k, scale, chunks, config)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
@@ -64,18 +73,20 @@ def redone(monkeypatch):
     return counts
 
 
+@TILES
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_is_the_reference(dtype, scaled):
+def test_is_the_reference(dtype, scaled, tile):
     x, W, b, scale = integers(19, 24, 601, dtype)
     b, scale = (b, scale) if scaled else (None, None)
-    assert torch.equal(select(x, W, b, 5, scale), expected(x, W, b, 5, scale))
+    assert torch.equal(select(x, W, b, 5, scale, tile=tile), expected(x, W, b, 5, scale))
 
 
+@TILES
 @pytest.mark.parametrize("n,d,f,k", [(1, 8, 5, 5), (1, 8, 1, 1), (3, 40, 200, 32), (17, 16, 65, 1)])
-def test_odd_sizes(n, d, f, k):
+def test_odd_sizes(n, d, f, k, tile):
     x, W, b, _ = integers(n, d, f)
-    assert torch.equal(select(x, W, b, k), expected(x, W, b, k))
+    assert torch.equal(select(x, W, b, k, tile=tile), expected(x, W, b, k))
 
 
 def test_rows_that_overflow_are_redone(redone):
@@ -111,12 +122,13 @@ def test_ties_keep_the_lowest_index_and_never_overflow(redone):
     assert redone == [0]
 
 
+@TILES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["x", "W", "b"])
-def test_not_finite(where, bad):
+def test_not_finite(where, bad, tile):
     x, W, b, _ = integers(3, 24, 200)
     {"x": x[1], "W": W[150], "b": b}[where][7] = bad
-    assert torch.equal(select(x, W, b, 9), expected(x, W, b, 9))
+    assert torch.equal(select(x, W, b, 9, tile=tile), expected(x, W, b, 9))
 
 
 @pytest.mark.parametrize("design", ["chunked", "fused"])
@@ -150,6 +162,16 @@ def test_choice_by_shape():
 def test_the_choice_does_not_depend_on_the_number_of_tokens(dtype):
     for d, f, k in ((768, 131072, 64), (4096, 131072, 64), (767, 4096, 8), (64, 600, 300)):
         assert len({choice(n, d, f, k, dtype) for n in (1, 2, 255, 256, 2048, 10**6)}) == 1
+
+
+def test_the_tile_follows_the_device_and_the_version_of_triton():
+    """tests/triton_versions.py compiles `configurations()` under the oldest and the newest."""
+    for capability, version, width in (
+        ((9, 0), (3, 6), 64), ((9, 0), (3, 7), 256), ((9, 0), (4, 0), 256),
+        ((10, 0), (3, 6), 64), ((12, 0), (3, 9), 64),
+    ):  # fmt: skip
+        assert fused.fused_config(capability, version).width == width
+    assert fused.fused_config((8, 9), (3, 8)) is None
 
 
 def test_a_design_that_is_not_trusted_is_not_chosen():

@@ -9,6 +9,7 @@ from conftest import INTERPRETED, device_of, randn
 from fastsae import reference
 
 keys_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_keys")
+product_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_product")
 encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -79,23 +80,24 @@ def test_tokens_in_several_passes(monkeypatch):
     assert_is_reference(got, x, W, b, 6, True, None)
 
 
-def test_library_product_is_given_the_same_chunks(monkeypatch):
-    """torch.mm has an fp32 result on GPUs only: here its stand-in checks what it is handed."""
-    shapes = []
-
-    def library(x, W_T, *, out_dtype, out):
-        shapes.append((tuple(x.shape), tuple(W_T.shape), tuple(out.shape), out_dtype))
-        out.copy_(torch.matmul(x.float(), W_T.float()))
-
-    product = encode_module.product.__globals__
-    monkeypatch.setitem(product, "has_library_product", lambda x: True)
-    monkeypatch.setattr(product["torch"], "mm", library)
-    x, W, b, _ = integers(3, 24, 101, torch.bfloat16)
-    got = select(x, W, b, 9, None, encode_module.Chunks(slab=3 * 32))
-    monkeypatch.undo()
-    assert len(shapes) > 1 and len(set(shapes)) == 1
-    assert shapes[0][3] == torch.float32
+@pytest.mark.parametrize("tma", [True, False], ids=["TMA", "pointers"])
+@pytest.mark.parametrize("tile", ["production", (16, 64, 16, 4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_in_low_precision(monkeypatch, dtype, tile, tma):
+    """Both ways to load, the tile that a device takes and one that has many of its edges."""
+    if not tma:
+        monkeypatch.setattr(product_module, "has_tma", lambda x, W: False)
+    if tile != "production":
+        for name in ("TMA", "TMA_SM100", "LOW"):
+            monkeypatch.setattr(product_module, name, product_module.ProductConfig(*tile))
+    x, W, b, _ = integers(19, 24, 301, dtype)
+    got = select(x, W, b, 9, None, encode_module.Chunks(slab=19 * 128))
     assert_is_reference(got, x, W, b, 9, False, None)
+    only = torch.zeros(19, dtype=torch.int32, device=DEVICE)
+    only[17] = 1
+    scores = torch.full((19, 60), torch.nan, device=DEVICE)
+    product_module.Product(x, W)(scores, 240, only)
+    assert torch.equal(scores[17].cpu(), (x.float() @ W.float().T)[17, 240:300].cpu())
 
 
 def test_zeros_of_either_sign_tie():

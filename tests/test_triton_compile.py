@@ -11,6 +11,7 @@ from pathlib import Path
 
 import artefacts
 import pytest
+import triton_launches
 import triton_offline
 
 # Triton exists for Linux only; there, a check that cannot run is a failure.
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Tensor cores for e4m3: the filter is refused elsewhere.
-FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA"}
+SCRIPT = str(Path(__file__).with_name("triton_offline.py"))
 
 
 def test_every_launched_kernel_is_in_a_configuration():
@@ -49,27 +49,17 @@ def test_every_launched_kernel_is_in_a_configuration():
 def test_compiles_for_every_target(module):
     results = compiled(module, "--json")
     print(triton_offline.table(results))
-    targets = FP8 if module == "_topk_encode_fp8" else ARCHITECTURES
+    targets = triton_offline.FP8_MMA if module == "_topk_encode_fp8" else ARCHITECTURES
     assert {r["target"] for r in results} == set(targets)
-    problems = []
-    for r in results:
-        where = f"{r['kernel']} {r['label']} {r['target']}: "
-        if "error" in r:
-            problems.append(where + r["error"])
-            continue
-        if r["spill_bytes"]:
-            problems.append(where + f"{r['spill_bytes']} bytes spilled")
-        if r["shared"] > triton_offline.SHARED_LIMIT[r["target"]]:
-            problems.append(where + f"{r['shared']} bytes of shared memory")
-        if r["expects_tensor_cores"] and not expected_mma(r):
-            problems.append(where + f"tensor-core instructions are {r['tensor']}")
-        if r["expects_tma"] and not r["tma"]:
-            problems.append(where + "no TMA loads")
-        if r["kernel"] == "_fp8_product_kernel" and r["adds"] < 128 * 128 // 256:
-            problems.append(where + "the sum over D is left to the tensor cores")
-        if r["kernel"] == "_reselect_kernel" and r.get("unordered"):
-            problems.append(where + f"stores that other warps' loads may see: {r['unordered']}")
-        problems += [where + why for why in too_slow(r)]
+    problems = triton_offline.problems(results)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted({x["module"] for x in triton_launches.listed()}))
+def test_small_tiles_of_the_tests_compile(module):
+    """The interpreter runs them whatever their warps are: here with the launch's own."""
+    problems = triton_offline.problems(compiled(module, "--small", "--json"))
     assert not problems, "\n".join(problems)
 
 
@@ -80,33 +70,50 @@ def test_compiles_when_an_integer_is_one(module):
     assert compiled(module, "--ones", "--json") == []
 
 
-def too_slow(row: dict) -> list[str]:
-    """What decides the time of kernels that look at every score, counted where it was lost before:
-    scores passed through shared memory in 40 instructions each, or too few loads in flight."""
-    if row["target"] != "sm_90":
-        return []
-    if row["kernel"] == "_record_kernel" and row["instructions"] > 1600:  # 128 scores a thread
-        return [f"{row['instructions']} instructions"]
-    if row["kernel"] == "_filter_kernel" and row["label"].startswith("k=64"):
-        problems = [] if row["registers"] <= 128 else [f"{row['registers']} registers"]
-        return problems if "128" in row["loads"] else [*problems, f"loads {row['loads']}"]
-    return []
+BRANCHES = """
+import sys
+sys.path.insert(0, "tests")
+import triton, triton.language as tl, triton_branches, triton_offline
+from fastsae.triton_kernels._configuration import Configuration
+
+@triton.jit
+def kernel(counts, own, out, K, ATOMIC: tl.constexpr, SHARED: tl.constexpr):
+    i, j = tl.program_id(0), tl.program_id(1)
+    at = i if SHARED else i * tl.num_programs(1) + j
+    total = 0
+    for k in range(0, K):  # through a loop, as a threshold is
+        total += tl.load(own + at)
+    if ATOMIC:
+        total += tl.load(counts + i)
+        tl.atomic_add(counts + i, 1)
+    if total < K:
+        tl.store(out + i * tl.num_programs(1) + j, total)
+    tl.store(own + at, total)
+
+for atomic, shared in ((False, False), (False, True), (True, False)):
+    c = Configuration(kernel, "", dict(counts="*i32", own="*i32", out="*i32", K="i32"),
+                      dict(ATOMIC=atomic, SHARED=shared))
+    print(*triton_branches.changing(triton_offline._compile(c, "sm_90").asm["ttir"]), sep="; ")
+"""
 
 
-def expected_mma(row: dict) -> bool:
-    """The fastest kind that the target has, not merely some kind."""
-    kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "MFMA"}
-    kind = (FP8 if "fp8" in row["kernel"] else kinds)[row["target"]]
-    return any(name.startswith(kind) for name in row["tensor"])
+def test_a_branch_on_what_other_programs_write_is_found(tmp_path):
+    file = tmp_path / "branches.py"
+    file.write_text(BRANCHES)
+    assert run([str(file)]).splitlines() == [
+        "", "%own: programs ['y'] share it", "%counts: written by atomics",
+    ]  # fmt: skip
 
 
 def compiled(module: str, *options: str) -> list:
     """What triton_offline.py prints: once for these sources, this Triton and these options."""
-    script = Path(__file__).with_name("triton_offline.py")
+    script = Path(SCRIPT)
     spec = importlib.util.find_spec("triton")
     assert spec is not None, "Triton is not installed"
     version = Path(spec.origin)  # this file names it
-    name = artefacts.digest(script, *triton_offline.sources(module), version, *options)
+    name = artefacts.digest(
+        script, *triton_offline.sources(module), triton_launches.LIST, version, *options
+    )
 
     def compile_to(path: Path) -> None:
         path.write_text(run([str(script), module, *options]))

@@ -25,11 +25,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import triton_branches
+import triton_launches
+
 KERNELS = Path(__file__).parent.parent / "triton_kernels"
 # Shared memory that one block may have, in bytes.
 SHARED_LIMIT = {
     "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
 }  # fmt: skip
+# The fastest tensor cores of a target, not merely some; those for e4m3, which are not everywhere.
+_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "MFMA"}
+FP8_MMA = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA"}
 _TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QMMA|QGMMA|UTC\w*MMA")
 
 
@@ -100,7 +106,11 @@ def _compile(configuration: Any, target: str) -> Any:
 def _nvidia(compiled: Any, target: str) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     name = re.search(r"\.target\s+(\w+)", ptx)[1]
-    ptxas = _tool("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    ptxas = (
+        importlib.import_module("triton.backends.nvidia.compiler")
+        .get_ptxas(int(target.removeprefix("sm_")))
+        .path
+    )  # which of its assemblers the compiler used: 3.9 takes the newer one for sm_90 too
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -177,16 +187,33 @@ def _amd(compiled: Any) -> dict[str, Any]:
     }
 
 
-def rows(names: list[str], targets: list[str]) -> list[dict[str, Any]]:
+def small_launches(name: str) -> list[Any]:
+    """What the tests launch of a module beyond what it declares, in small tiles."""
+    module = importlib.import_module(f"fastsae.triton_kernels.{name}")
+    kind = importlib.import_module("fastsae.triton_kernels._configuration").Configuration
+    return [
+        kind(
+            getattr(module, x["kernel"]), f"{n} small", x["signature"], x["constexprs"],
+            x["num_warps"], x["num_stages"], targets=("sm_90",),
+        )
+        for n, x in enumerate(triton_launches.listed()) if x["module"] == name
+    ]  # fmt: skip
+
+
+def rows(names: list[str], targets: list[str], small: bool = False) -> list[dict[str, Any]]:
     """One row per configuration and target, with `error` where it does not compile."""
+    import triton
+
     result = []
     for name in names:
         module = importlib.import_module(f"fastsae.triton_kernels.{name}")
-        for configuration in module.configurations():
+        for configuration in small_launches(name) if small else module.configurations():
             for target in configuration.targets:
                 if target not in targets:
                     continue
                 row = {
+                    "triton": triton.__version__,
+                    "small": small,
                     "module": name,
                     "kernel": configuration.kernel.__name__,
                     "label": configuration.label,
@@ -198,12 +225,55 @@ def rows(names: list[str], targets: list[str]) -> list[dict[str, Any]]:
                 try:
                     compiled = _compile(configuration, target)
                     row["shared"] = compiled.metadata.shared
+                    row["changing"] = triton_branches.changing(compiled.asm["ttir"])
                     row |= _amd(compiled) if target[:3] == "gfx" else _nvidia(compiled, target)
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"
                 row["seconds"] = round(time.perf_counter() - begin, 2)
                 result.append(row)
     return result
+
+
+def problems(results: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with rows, each with where."""
+    return [
+        f"{r['kernel']} {r['label']} {r['target']}: {why}" for r in results for why in _wrong(r)
+    ]
+
+
+def _wrong(r: dict[str, Any]) -> list[str]:
+    if "error" in r:
+        return [r["error"]]
+    found = []
+    if r["spill_bytes"]:
+        found.append(f"{r['spill_bytes']} bytes spilled, {r['registers']} registers")
+    if r["shared"] > SHARED_LIMIT[r["target"]]:
+        found.append(f"{r['shared']} bytes of shared memory")
+    kind = (FP8_MMA if "fp8" in r["kernel"] else _MMA).get(r["target"], "")
+    if r["expects_tensor_cores"] and not any(name.startswith(kind) for name in r["tensor"]):
+        found.append(f"tensor-core instructions are {r['tensor']}")
+    if r["expects_tma"] and not r["tma"]:
+        found.append("no TMA loads")
+    if r["changing"]:
+        found.append(f"branches on what other programs write: {r['changing']}")
+    if r["kernel"] == "_fp8_product_kernel" and r["adds"] < 128 * 128 // 256:
+        found.append("the sum over D is left to the tensor cores")
+    if r["kernel"] == "_reselect_kernel" and r.get("unordered"):
+        found.append(f"stores that other warps' loads may see: {r['unordered']}")
+    return found if r["small"] else found + _slow(r)
+
+
+def _slow(r: dict[str, Any]) -> list[str]:
+    """What decides the time of kernels that look at every score, counted where it was lost before:
+    scores passed through shared memory in 40 instructions each, or too few loads in flight."""
+    if r["target"] != "sm_90" or tuple(map(int, r["triton"].split(".")[:2])) < (3, 7):
+        return []
+    if r["kernel"] == "_record_kernel" and r["instructions"] > 1600:  # 128 scores a thread
+        return [f"{r['instructions']} instructions"]
+    if r["kernel"] == "_filter_kernel" and r["label"].startswith("k=64"):
+        found = [] if r["registers"] <= 128 else [f"{r['registers']} registers"]
+        return found if "128" in r["loads"] else [*found, f"loads {r['loads']}"]
+    return []
 
 
 def ones(names: list[str]) -> list[str]:
@@ -257,12 +327,19 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=[])
     parser.add_argument("--target", action="append", choices=list(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="print problems; fails if any")
     parser.add_argument("--ones", action="store_true", help="compile with each integer at 1")
+    parser.add_argument("--small", action="store_true", help="the tests' small tiles instead")
     arguments = parser.parse_args()
     if arguments.ones:
         json.dump(ones(arguments.modules or modules()), sys.stdout)
         return
-    results = rows(arguments.modules or modules(), arguments.target or list(SHARED_LIMIT))
+    targets = arguments.target or list(SHARED_LIMIT)
+    results = rows(arguments.modules or modules(), targets, arguments.small)
+    if arguments.check:
+        found = problems(results)
+        print(*found, f"Triton {results[0]['triton']}: {len(results)} kernels compiled", sep="\n")
+        raise SystemExit(bool(found))
     json.dump(results, sys.stdout) if arguments.json else print(table(results))
 
 

@@ -111,7 +111,8 @@ def _fp8_product_kernel(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    first_row, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_F
+    # latents in the grid's first dimension, which alone may exceed 65,535
+    first, first_row = tl.program_id(0) * BLOCK_F, tl.program_id(1) * BLOCK_N
     row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_F)
     acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -157,7 +158,7 @@ def fp8_product(x: Fp8Rows, W: Fp8Rows, scores: torch.Tensor, tma: bool | None =
     rows, columns = scores.shape
     if tma is None:
         tma = not scores.is_cuda or torch.cuda.get_device_capability() >= _TMA_CAPABILITY
-    _fp8_product_kernel[(triton.cdiv(rows, _BLOCK_N), triton.cdiv(columns, _BLOCK_F))](
+    _fp8_product_kernel[(triton.cdiv(columns, _BLOCK_F), triton.cdiv(rows, _BLOCK_N))](
         x.tiles(_BLOCK_N) if tma else x.codes, W.tiles(_BLOCK_F) if tma else W.codes,
         x.units, W.units, scores, rows, columns, x.codes.shape[1], scores.stride(0),
         BLOCK_N=_BLOCK_N, BLOCK_F=_BLOCK_F, BLOCK_D=_BLOCK_D, TMA=tma, num_warps=8, num_stages=3,

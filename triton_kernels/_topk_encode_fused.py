@@ -36,6 +36,7 @@ from ._topk_encode_keys import (
     order_of,
     score_of,
 )
+from ._topk_encode_product import tile_scores
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(2**31 - 1)
 _APART = tl.constexpr(8)  # counters of rows lie on sectors of their own
@@ -69,9 +70,28 @@ class FusedConfig:
         return self.records * 36 + 4 * _APART.value + BestKeys.bytes_per_row(k) + 4
 
 
-def fused_config(capability: tuple[int, int]) -> FusedConfig:
-    """sm_100 has too few registers for a whole tile: its accumulators come from tensor memory."""
-    return FusedConfig(width=64) if capability >= (10, 0) else FusedConfig()
+# The first row whose device and Triton fit. Compiled by tests/triton_offline.py under each version.
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+CONFIGS = (
+    # capability from, Triton before, tile
+    ((10, 0), None, FusedConfig(width=64)),  # accumulators in tensor memory: 256 spill 320 bytes
+    (
+        (9, 0),
+        (3, 7),
+        FusedConfig(width=64),
+    ),  # 256 spill 208 to 440 bytes; 64 take 224 to 232 registers
+    ((9, 0), None, FusedConfig()),
+)
+
+
+def fused_config(
+    capability: tuple[int, int], version: tuple[int, ...] = _TRITON
+) -> FusedConfig | None:
+    """The tile for a device under a version of Triton; None where the design cannot run."""
+    for least, before, config in CONFIGS:
+        if capability >= least and (before is None or version < before):
+            return config
+    return None
 
 
 MAX_FUSED = 256  # largest k that leaves a phase half of the buffer
@@ -167,9 +187,7 @@ def _record_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_row = tile % row_blocks * BLOCK_N  # x stays in L2, W passes once
         first = begin + tile // row_blocks * BLOCK_F
-        acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-        for d in range(0, D, BLOCK_D):
-            acc = tl.dot(x.load([first_row, d]), W.load([first, d]).T, acc)
+        acc = tile_scores(x, W, first_row, first, D, BLOCK_N, BLOCK_F, BLOCK_D)
         _record_parts(
             acc, first_row, first, R, F, bias_ptr, scale_ptr, scores_ptr, columns_ptr,
             recorded_ptr, threshold_ptr, RECORDS, BLOCK_N, BLOCK_F, WIDTH,
@@ -278,6 +296,7 @@ def configurations() -> list[Configuration]:
         ("sm_100", torch.bfloat16, False), ("sm_100", torch.float16, False),
     ):  # fmt: skip
         config = fused_config((int(target[3:-1]), 0))
+        assert config is not None
         pointer = POINTERS[dtype]
         tiles = [
             f"tensordesc<{pointer[1:]}[{rows},{config.block_d}]>"

@@ -213,7 +213,13 @@ def order_rows(keys: torch.Tensor, held: torch.Tensor, k: int) -> None:
     """The k best of each row's `held` keys [R, CAPACITY] to the front, in order."""
     rows, capacity = keys.shape
     top = max(16, triton.next_power_of_2(k))
-    _order_kernel[(rows,)](keys, held, CAPACITY=capacity, TOP=top, num_warps=capacity // 256)
+    warps = _order_warps(capacity)
+    _order_kernel[(rows,)](keys, held, CAPACITY=capacity, TOP=top, num_warps=warps)
+
+
+def _order_warps(capacity: int) -> int:
+    """Eight keys a thread."""
+    return max(1, capacity // 256)
 
 
 @triton.jit(do_not_specialize=["first", "fresh", "C"])
@@ -384,7 +390,7 @@ def configurations() -> list[Configuration]:
         if (pointer is None and scores == "*fp32") or k == MAX_SORTED:
             signature = dict(keys_ptr="*i64", held_ptr="*i32")
             constants = dict(CAPACITY=config.capacity, TOP=k)
-            warps = config.capacity // 256
+            warps = _order_warps(config.capacity)
             result.append(Configuration(_order_kernel, label, signature, constants, warps))
     signature = dict(
         scores_ptr="*fp32", keys_ptr="*i64", stride="i32:16", keys_stride="i32",

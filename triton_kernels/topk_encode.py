@@ -25,7 +25,7 @@ from ._topk_encode_bounds import BoundedKeys, round_rows
 from ._topk_encode_fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
 from ._topk_encode_fused import MAX_FUSED, FusedConfig, fused_config, fused_keys
 from ._topk_encode_keys import MAX_SORTED, BestKeys, MergedKeys, decode_keys
-from ._topk_encode_product import product
+from ._topk_encode_product import Product
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def select_chunked(
         best = BestKeys(rows, k, x.device)
         _add_columns(best, slab, x, W_enc, b_enc, rank_scale)
         return best.finish()
-    merged = MergedKeys(rows, k, columns, x.device)
+    merged, product = MergedKeys(rows, k, columns, x.device), Product(x, W_enc)
     for first, fresh, last in _chunks_of(f, columns):
-        product(x, W_enc[first : first + columns], slab)
+        product(slab, first)
         merged.add(slab, b_enc, rank_scale, first, fresh, last)
     return merged.keys
 
@@ -82,9 +82,9 @@ def _add_columns(
     rank_scale: torch.Tensor | None,
     only: torch.Tensor | None = None,
 ) -> None:
-    columns = slab.shape[1]
-    for first, fresh, _ in _chunks_of(len(W_enc), columns):
-        product(x, W_enc[first : first + columns], slab, only)
+    product = Product(x, W_enc)
+    for first, fresh, _ in _chunks_of(len(W_enc), slab.shape[1]):
+        product(slab, first, only)
         best.add(slab, b_enc, rank_scale, first, fresh, only)
 
 
@@ -130,9 +130,10 @@ def select_bounded(
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     copy = torch.empty(columns, d, dtype=torch.bfloat16, device=x.device)
     norms = torch.empty(2, columns, dtype=torch.float32, device=x.device)
+    product = Product(best.rounded, copy)
     for first, fresh, _ in _chunks_of(f, columns):
         round_rows(W_enc[first : first + columns], copy, norms)
-        product(best.rounded, copy, slab)
+        product(slab)
         best.add(slab, norms, first, fresh)
     return best.finish()
 
@@ -151,12 +152,19 @@ def select_likely(
     columns = chunks.columns(rows, f)
     columns = min(columns, max(16, chunks.copy_bytes // d // 16 * 16))
     best = LikelyKeys(x, W_enc, b_enc, rank_scale, k)
+    # Whole blocks, and none of them seen twice: what a row misses then does not depend on the
+    # width of chunks, which depends on the number of rows.
+    block = best.config.block
+    columns = min(f, triton.cdiv(columns, block) * block)
     slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     copy = Fp8Rows(columns, d, x.device)
-    for first, fresh, _ in _chunks_of(f, columns):
-        copy.round(W_enc[first : first + columns])
+    for first in range(0, f, columns):
+        some = min(columns, f - first)
+        if some < columns:  # the last
+            copy, slab = Fp8Rows(some, d, x.device), slab[:, :some]
+        copy.round(W_enc[first : first + some])
         fp8_product(best.codes, copy, slab)
-        best.add(slab, copy.norms, first, fresh)
+        best.add(slab, copy.norms, first, 0)
     return best.finish()
 
 
@@ -196,14 +204,16 @@ def offered(design: str, device: torch.device) -> bool:
         return unavailable(device) is None
     if design in ("chunked", "bounded"):
         return True
-    if design == "hopper" and not _has_hopper(device.type.upper()):
+    if design == "hopper" and not _has_hopper(device.type):
         return False
     if device.type != "cuda":
         return True  # interpreted
     if torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(device)
-    return capability == (9, 0) if design == "hopper" else capability[0] >= 9
+    if design == "hopper":
+        return capability == (9, 0)
+    return fused_config(capability) is not None
 
 
 def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
@@ -221,11 +231,12 @@ def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
     return x.dtype != torch.float32 and k <= MAX_FUSED and aligned
 
 
-def _has_hopper(key: str) -> bool:
+def _has_hopper(device: str) -> bool:
     """Whether the CUDA library is loaded; tests build the same for the CPU (tests/cuda_host.py)."""
     op = "fastsae::topk_encode_record_cuda"
-    has: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
-    return has
+    return device in ("cuda", "cpu") and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
+    )
 
 
 def design_of(
@@ -325,8 +336,10 @@ def topk_encode(
             f"topk_encode: none of the trusted designs ({', '.join(sorted(trusted or ()))}) can "
             f"take {x.dtype}, D = {x.shape[1]}, F = {len(W_enc)}, k = {k} on {x.device}"
         )
-    if design in ("fused", "hopper") and x.data_ptr() % 16:
-        x = x.clone()  # TMA reads from 16 bytes on
+    if x.data_ptr() % 16:
+        x = (
+            x.clone()
+        )  # TMA reads from 16 bytes on; not another kernel, which might sum in its order
     chunks = _FUSED_CHUNKS if design in ("fused", "hopper") else Chunks()
     select = dict(
         chunked=select_chunked, bounded=select_bounded, fused=select_fused,

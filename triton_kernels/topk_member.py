@@ -1,4 +1,9 @@
-"""topk_member: programs of latents count, for each latent asked for, those that beat it."""
+"""topk_member: the k best of every token by topk_encode, and one kernel that looks for the latents.
+
+A latent has one score, whichever of the two ops asks for it and however many tokens the call has:
+who beats it is decided by topk_encode alone. It reads W_enc once for all tokens, where counting
+those that beat a latent reads it once a token (benchmarks/NOTES.md counts both).
+"""
 
 from __future__ import annotations
 
@@ -8,85 +13,38 @@ import triton.language as tl
 
 from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
-from ._topk_encode_keys import inner_products, order_keys, rank_scores
+from .topk_encode import topk_encode
 
-_LATENTS = 16  # rows of W_enc that a program holds a block of
-_BLOCK_D, _HALVINGS = 128, tl.constexpr(7)
-_WARPS = 4
+_BLOCK_J, _BLOCK_K, _WARPS = 64, 64, 4
 
 
 @triton.jit
-def _topk_member_keys_kernel(
-    x_ptr,  # [N, D]
-    w_ptr,  # [F, D]
-    bias_ptr,  # [F] or None
-    scale_ptr,  # [F] or None
+def _topk_member_kernel(
+    values_ptr,  # [N, K]
+    indices_ptr,  # [N, K]
     latents_ptr,  # [P, J]
-    keys_ptr,  # [N, J] int64: of the latents asked for
-    counts_ptr,  # [N, J] int32: 0, or k where it is no member whatever the others are
+    member_ptr,  # [N, J] uint8
     N_LIST,  # neighbouring tokens that share a list
     J,
-    D,
-    F,
     K,
     POSITIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    latent = tl.load(latents_ptr + n // N_LIST * J + j, mask=j < J, other=-1)
-    inside = (latent >= 0) & (latent < F)
-    score = inner_products(x_ptr + n * D, w_ptr, latent, inside, D, BLOCK, BLOCK_D, _HALVINGS)
-    rank = rank_scores(score, latent, inside, bias_ptr, scale_ptr)
-    member = inside
-    if POSITIVE:
-        pre = rank_scores(score, latent, inside, bias_ptr, None)
-        member = inside & ((pre > 0.0) | (pre != pre))
-    tl.store(keys_ptr + n * J + j, order_keys(rank, latent), mask=j < J)
-    tl.store(counts_ptr + n * J + j, tl.where(member, 0, K), mask=j < J)
-
-
-@triton.jit
-def _topk_member_count_kernel(
-    x_ptr,  # [N, D]
-    w_ptr,  # [F, D]
-    bias_ptr,  # [F] or None
-    scale_ptr,  # [F] or None
-    keys_ptr,  # [N, J]
-    counts_ptr,  # [N, J] int32: latents that beat this one, so far
-    J,
-    D,
-    F,
-    K,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    # another program may raise a count meanwhile: it only matters whether it reached k before
-    lowest = K
-    for start in range(0, J, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        lowest = tl.minimum(
-            lowest, tl.min(tl.load(counts_ptr + n * J + j, mask=j < J, other=2147483647))
-        )
-    if lowest < K:
-        latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = latent < F
-        score = inner_products(x_ptr + n * D, w_ptr, latent, inside, D, BLOCK, BLOCK_D, _HALVINGS)
-        own = order_keys(rank_scores(score, latent, inside, bias_ptr, scale_ptr), latent)
-        for start in range(0, J, BLOCK_J):
-            j = start + tl.arange(0, BLOCK_J)
-            key = tl.load(keys_ptr + n * J + j, mask=j < J, other=0)
-            beaten = tl.sum(
-                ((own[:, None] > key[None, :]) & inside[:, None]).to(tl.int32), axis=0
-            )  # [BLOCK_J]
-            held = tl.load(counts_ptr + n * J + j, mask=j < J, other=2147483647)
-            tl.atomic_add(
-                counts_ptr + n * J + j, beaten, mask=(j < J) & (held < K) & (beaten > 0),
-                sem="relaxed",
-            )  # fmt: skip
+    blocks = tl.cdiv(J, BLOCK_J)
+    n = tl.program_id(0).to(tl.int64) // blocks
+    j = tl.program_id(0) % blocks * BLOCK_J + tl.arange(0, BLOCK_J)
+    latent = tl.load(latents_ptr + n // N_LIST * J + j, mask=j < J, other=-1)  # [BLOCK_J]
+    found = tl.zeros((BLOCK_J,), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        index = tl.load(indices_ptr + n * K + k, mask=k < K, other=-2)  # [BLOCK_K]
+        if POSITIVE:
+            value = tl.load(values_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
+            index = tl.where(value <= 0.0, -2, index)  # NaN stays
+        same = (latent[:, None] == index[None, :]) & (latent >= 0)[:, None]
+        found = tl.maximum(found, tl.max(same.to(tl.int32), axis=1))
+    tl.store(member_ptr + n * J + j, found.to(tl.uint8), mask=j < J)
 
 
 def topk_member(
@@ -99,59 +57,39 @@ def topk_member(
     positive: bool,
     codes: torch.Tensor | None,
     bounds: torch.Tensor | None,
+    trusted: frozenset[str] | None = None,
 ) -> torch.Tensor:
-    """See `fastsae.ops.topk_member`. A latent out of range is no member.
+    """See `fastsae.ops.topk_member`. A latent out of range is no member; the screen is not read.
 
     x [..., D] of N tokens, latents [P, J]: N / P neighbouring tokens share a list. Returns [N, J].
-
-    Integer counts add up to the same number in any order. The screen is not read: the launches
-    decide nothing on the host, and a program stops where every count of its token has reached k.
+    trusted: the designs of topk_encode that may be used.
     """
-    (F, D), (P, J), N = W_enc.shape, latents.shape, x.shape[:-1].numel()
-    keys = torch.empty(N, J, dtype=torch.int64, device=x.device)
-    counts = torch.empty(N, J, dtype=torch.int32, device=x.device)
-    if N * J == 0:
-        return counts < k
-    constants = dict(BLOCK=_LATENTS, BLOCK_D=_BLOCK_D, num_warps=_WARPS)
+    (P, J), d = latents.shape, x.shape[-1]
+    tokens = x.view(-1, d)
+    n = len(tokens)
+    member = torch.empty(n, J, dtype=torch.bool, device=x.device)
+    if n * J == 0:
+        return member
+    values, indices = topk_encode(tokens, W_enc, b_enc, k, False, rank_scale, trusted=trusted)
     with on_device(x):
-        _topk_member_keys_kernel[(triton.cdiv(J, _LATENTS), N)](
-            x, W_enc, b_enc, rank_scale, latents, keys, counts, N // P, J, D, F, k,
-            POSITIVE=positive, **constants,
+        _topk_member_kernel[(n * triton.cdiv(J, _BLOCK_J),)](
+            values, indices, latents, member.view(torch.uint8), n // P, J, k,
+            POSITIVE=positive, BLOCK_J=_BLOCK_J, BLOCK_K=_BLOCK_K, num_warps=_WARPS,
         )  # fmt: skip
-        _topk_member_count_kernel[(triton.cdiv(F, _LATENTS), N)](
-            x, W_enc, b_enc, rank_scale, keys, counts, J, D, F, k,
-            BLOCK_J=_block_j(J), **constants,
-        )  # fmt: skip
-    return counts < k
-
-
-def _block_j(j: int) -> int:
-    return min(16, max(2, triton.next_power_of_2(j)))
+    return member
 
 
 def configurations() -> list[Configuration]:
-    """One latent and a full program; with and without bias and scale."""
+    """Each dtype; with a look at the values and without."""
     result = []
     for pointer in POINTERS.values():
-        for d, j, extras in ((4096, 2, True), (769, 32, False)):
-            common = dict(
-                x_ptr=pointer, w_ptr=pointer, bias_ptr=pointer, scale_ptr=pointer,
-                keys_ptr="*i64", counts_ptr="*i32",
-                J="i32", D="i32:16" if d % 16 == 0 else "i32", F="i32", K="i32",
+        for positive in (True, False):
+            signature = dict(
+                values_ptr=pointer, indices_ptr="*i32", latents_ptr="*i32", member_ptr="*u8",
+                N_LIST="i32", J="i32", K="i32",
             )  # fmt: skip
-            constants = dict(BLOCK=_LATENTS, BLOCK_D=_BLOCK_D)
-            if not extras:
-                constants |= dict(bias_ptr=None, scale_ptr=None)
-            label = f"{pointer[1:]} D={d} J={j}"
-            result += [
-                Configuration(
-                    _topk_member_keys_kernel, label,
-                    {**common, "latents_ptr": "*i32", "N_LIST": "i32"},
-                    constants | dict(POSITIVE=True), num_warps=_WARPS,
-                ),
-                Configuration(
-                    _topk_member_count_kernel, label, common,
-                    constants | dict(BLOCK_J=_block_j(j)), num_warps=_WARPS,
-                ),
-            ]  # fmt: skip
+            constants = dict(POSITIVE=positive, BLOCK_J=_BLOCK_J, BLOCK_K=_BLOCK_K)
+            label = pointer[1:] + " positive" * positive
+            made = Configuration(_topk_member_kernel, label, signature, constants, _WARPS)
+            result.append(made)
     return result

@@ -16,9 +16,9 @@ from .topk_encode import topk_encode
 
 _OP = "topk_member"
 
-# Up to so many tokens a backend counts who beats a latent; for more, the k best are selected. C++
-# chooses by what it finds. GPU: unverified, a guess.
-_COUNTS = {"reference": 48, "triton": 16, "cuda": 16}
+# Up to so many tokens the reference counts who beats a latent; for more, the k best are selected.
+# The other backends' kernels choose for themselves, the GPU's always selects.
+_COUNTS = {"reference": 48}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
 _PARTS = 254  # of a step: what the second codes count
 _LARGEST = 2.0**60  # rows whose fp32 sums cannot overflow before they cancel; of x too, in C++
@@ -40,9 +40,10 @@ def topk_member(
         s_n = rank\_scale \odot (W_{enc} x_n + b_{enc})
 
     in the canonical order of `topk_encode` (value descending, ties by lowest index, NaN first).
-    Tokens are answered by counting, which stops at k, so that most latents that are not selected
-    cost a part of one pass over W_enc; where many tokens stay undecided, by `topk_encode` of those.
-    [N, F] is never allocated.
+    On a CPU tokens are answered by counting, which stops at k, so that most latents that are not
+    selected cost a part of one pass over W_enc; where many tokens stay undecided, by `topk_encode`
+    of those. On a GPU by `topk_encode` of all: one pass over W_enc, and the answer is that of
+    `topk_encode` to the bit, however many tokens there are. [N, F] is never allocated.
 
     Args:
         x: [..., D]; W_enc: [F, D]; b_enc: [F] or None; rank_scale: [F] or None: as in

@@ -1,9 +1,14 @@
-"""Makes Triton's interpreter right for bfloat16, and sorting in it quick; tests only.
+"""Makes Triton's interpreter right for bfloat16, its products the same at every place, and sorting
+in it quick: for tests and `fastsae verify`.
 
 The interpreter of Triton 3.8 keeps bf16 as raw uint16 and computes on those bits: sums, products,
 comparisons (so sort and topk too), reductions, scans and `tl.dot` come out wrong without an error,
 casts truncate, and a bf16 constant cannot be made. Here every such operation runs in fp32 and is
 rounded to nearest even, as a GPU does. `tests/test_triton_interpreter.py` holds each against torch.
+
+`tl.dot` there is a product of the machine's BLAS, which sums equal rows differently by where they
+lie. Here every element is one sum in the order of k, as an element of a tensor core's result is one
+order of sums wherever it lies: ties tie, and a token's scores do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -36,6 +41,16 @@ def _round(wide: np.ndarray) -> np.ndarray:
 
 def _wide_handle(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(_widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _dot_operand(handle: TensorHandle, dtype: np.dtype[Any]) -> np.ndarray:
+    """A factor of tl.dot in the type of the sum, where products of narrower numbers are exact."""
+    data = handle.data
+    if _is_bf16(handle):
+        data = _widen(data)
+    elif handle.dtype.is_floating() and handle.dtype.primitive_bitwidth == 8:
+        data = interpreter._convert_float(data, handle.dtype, tl.float16, None).view(np.float16)
+    return data.astype(dtype)
 
 
 class ExactBf16Builder(InterpreterBuilder):
@@ -79,7 +94,12 @@ class ExactBf16Builder(InterpreterBuilder):
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> Any:
         if _is_bf16(d):
             return self.cast_impl(self.create_dot(a, b, _wide_handle(d), *rest), tl.bfloat16)
-        return super().create_dot(_wide_handle(a), _wide_handle(b), d, *rest)
+        narrow = d.data.dtype == np.float16
+        total = d.data.astype(np.float32) if narrow else np.array(d.data)
+        left, right = (_dot_operand(h, total.dtype) for h in (a, b))
+        for k in range(left.shape[-1]):
+            total += left[..., :, k, None] * right[..., None, k, :]
+        return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     @staticmethod
     def _to_bf16(data: np.ndarray) -> TensorHandle:
