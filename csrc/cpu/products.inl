@@ -2,8 +2,8 @@
 // single pairs. Included by the .inl of an operator, once per CPU level; no include guard, no
 // standard templates.
 //
-// Every score of a level is one chain in order of d, from zero, a step of `Product` at a time. So it
-// depends on its two rows alone: not on the path, the other rows, the place in a tile or the
+// Every score of a level is one chain in order of d, from zero, a step of `Product` at a time. So
+// it depends on its two rows alone: not on the path, the other rows, the place in a tile or the
 // threads, and all that select or count agree bit for bit.
 #include "cpu/transpose.inl"
 
@@ -31,8 +31,8 @@ struct Product {
 };
 
 #if FASTSAE_LEVEL == 3
-// A place is a pair of bf16, exact products of which are added to an fp32 sum. The instruction takes
-// subnormal inputs for zeros and makes none.
+// A place is a pair of bf16, exact products of which are added to an fp32 sum. The instruction
+// takes subnormal inputs for zeros and makes none.
 template <>
 struct Product<bf16> {
   using A = float;
@@ -46,9 +46,7 @@ struct Product<bf16> {
     const __mmask32 mask = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
   }
-  static V step(V a, V b, V sum) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
-  }
+  static V step(V a, V b, V sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)}; }
   static float step(float a, float b, float sum) {
     return _mm_cvtss_f32(
         _mm_dpbf16_ps(_mm_set_ss(sum), (__m128bh)_mm_set_ss(a), (__m128bh)_mm_set_ss(b)));
@@ -178,29 +176,32 @@ static void stream(const acc_t<In>* a, int64_t panels, int mr, const In* const* 
   }
 }
 
-template <class In, int L>
-static void chains(const acc_t<In>* x, const In* const* rows, int64_t d, acc_t<In>* out) {
+// Single pairs: out[i] = <x[i], rows[i]>, x as places; kShared: all are with x[0]. Several side by
+// side, because a chain waits for each of its steps.
+template <bool kShared, int L, class In>
+static void chains(const acc_t<In>* const* x, const In* const* rows, int64_t d, acc_t<In>* out) {
   using P = Product<In>;
   acc_t<In> sum[L] = {};
   const int64_t depth = depth_of<In>(d);
   for (int64_t i = 0; i < depth; ++i) {
 #pragma GCC unroll 8
     for (int l = 0; l < L; ++l) {
-      sum[l] = P::step(x[i], P::place(rows[l] + i * P::kPer, d - i * P::kPer), sum[l]);
+      const auto w = P::place(rows[l] + i * P::kPer, d - i * P::kPer);
+      sum[l] = P::step(x[kShared ? 0 : l][i], w, sum[l]);
     }
   }
   for (int l = 0; l < L; ++l) out[l] = sum[l];
 }
 
-// out[i] = <x, rows[i]>, x as places.
-template <class In>
-static void pair_scores(const acc_t<In>* x, const In* const* rows, int64_t n, int64_t d,
+template <bool kShared, class In>
+static void pair_scores(const acc_t<In>* const* x, const In* const* rows, int64_t n, int64_t d,
                         acc_t<In>* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) chains<In, 8>(x, rows + i, d, out + i);
-  for (; i + 4 <= n; i += 4) chains<In, 4>(x, rows + i, d, out + i);
-  for (; i + 2 <= n; i += 2) chains<In, 2>(x, rows + i, d, out + i);
-  for (; i < n; ++i) chains<In, 1>(x, rows + i, d, out + i);
+  constexpr int kStep = kShared ? 0 : 1;
+  for (; i + 8 <= n; i += 8) chains<kShared, 8>(x + i * kStep, rows + i, d, out + i);
+  for (; i + 4 <= n; i += 4) chains<kShared, 4>(x + i * kStep, rows + i, d, out + i);
+  for (; i + 2 <= n; i += 2) chains<kShared, 2>(x + i * kStep, rows + i, d, out + i);
+  for (; i < n; ++i) chains<kShared, 1>(x + i * kStep, rows + i, d, out + i);
 }
 
 }  // namespace FASTSAE_NS

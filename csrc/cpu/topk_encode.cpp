@@ -1,8 +1,9 @@
 // topk_encode: the k best of x W_enc^T + b_enc per row, exact, without [N, F].
 //
-// Latents are packed, multiplied tile by tile against packed rows, and each tile is compared with its
-// rows' thresholds in the epilogue; what passes goes into a buffer per row that is cut to the k best
-// when it is full. Three ways to score, of which every one gives a pair the same score (products.inl):
+// Latents are packed, multiplied tile by tile against packed rows, and each tile is compared with
+// its rows' thresholds in the epilogue; what passes goes into a buffer per row that is cut to the k
+// best when it is full. Three ways to score, of which every one gives a pair the same score
+// (products.inl):
 //   stream  few rows: a panel of W at a time goes through L1
 //   plain   chunks of W are packed for all rows
 //   filter  fp32 and fp16 where the CPU has bf16 products: scores of rounded inputs with a proven
@@ -35,15 +36,16 @@ constexpr int64_t kChunkBytes = 4 << 20;    // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
 constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
 constexpr int64_t kRowBytes = 28 << 20;     // everything that is kept per row of a super-block
-// Rows up to which streaming W beats packing it, at every level (benchmarks/NOTES.md). It also serves
-// more rows where they make too few panels for the threads to share.
+// Rows up to which streaming W beats packing it, at every level (benchmarks/NOTES.md). It also
+// serves more rows where they make too few panels for the threads to share.
 constexpr int64_t kStreamRows = 128;
 constexpr int64_t kStreamPanels = 4;    // a thread
 constexpr int64_t kFilterRows = 32;     // and 8 a thread, so that every thread has a panel
 constexpr int64_t kFilterRatio = 24;    // F / k below which too many pairs are rescored
 constexpr double kRescoreLimit = 0.08;  // share of rescored pairs beyond which the filter loses
 
-// Last call: [path (0 stream, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored pairs].
+// Last call: [path (0 stream, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored
+// pairs].
 std::atomic<int64_t> g_stats[4];
 
 #include "cpu/topk_encode_pack.h"
@@ -199,7 +201,7 @@ class Encoder {
     for (int64_t i = 0; i < n; i += kBatch) {
       const int64_t m = std::min(kBatch, n - i);
       for (int64_t t = 0; t < m; ++t) rows[t] = w_ + int64_t(latents[i + t]) * d_;
-      kernels_.scores(x, rows, m, d_, out + i);
+      kernels_.scores(&x, rows, m, d_, out + i);
     }
   }
 

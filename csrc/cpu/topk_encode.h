@@ -80,8 +80,8 @@ struct Kernels {
   // Places [begin, end) of `cols` rows, [end - begin][cols].
   void (*pack)(const In* const* rows, int64_t begin, int64_t end, int64_t d, T* out);
   void (*places)(const In* row, int64_t d, T* out);
-  // out[i] = <x, rows[i]>, x as places.
-  void (*scores)(const T* x, const In* const* rows, int64_t n, int64_t d, T* out);
+  // out[i] = <x[0], rows[i]>, x[0] as places.
+  void (*scores)(const T* const* x, const In* const* rows, int64_t n, int64_t d, T* out);
   void (*shrink)(Rows<T>&, int64_t row);  // for counts up to kSelect; null: none
   // The filter, or null. It has the same tiles, of bf16 pairs.
   void (*scan_filter)(const FilterJob&);

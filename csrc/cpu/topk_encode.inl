@@ -70,7 +70,7 @@ static Kernels<acc_t<In>, In> table() {
   t.scan_stream = scan_stream<In, kNV>;
   t.pack = pack<In, kNV>;
   t.places = places<In>;
-  t.scores = pair_scores<In>;
+  t.scores = pair_scores<true, In>;
   t.shrink = small_shrink<A>();
 #if FASTSAE_LEVEL == 3
   set_filter(t);

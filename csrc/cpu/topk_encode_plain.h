@@ -1,5 +1,5 @@
-// Every score in the accumulation type (part of topk_encode.cpp): of rows of W as they lie, or chunk
-// by chunk of packed latents.
+// Every score in the accumulation type (part of topk_encode.cpp): of rows of W as they lie, or
+// chunk by chunk of packed latents.
 
 template <class In>
 auto Encoder<In>::pack_rows(int64_t r, int64_t n) const -> Panels {

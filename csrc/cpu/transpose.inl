@@ -7,9 +7,7 @@ namespace FASTSAE_NS {
 #if FASTSAE_LEVEL == 0
 
 #if FASTSAE_X86
-inline void transpose(Vec<float>* v) {
-  _MM_TRANSPOSE4_PS(v[0].v, v[1].v, v[2].v, v[3].v);
-}
+inline void transpose(Vec<float>* v) { _MM_TRANSPOSE4_PS(v[0].v, v[1].v, v[2].v, v[3].v); }
 #endif
 template <class A>
 inline void transpose(Vec<A>* v) {
