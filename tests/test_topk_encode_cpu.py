@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-PATHS = ["dot", "plain", "filter"]  # 0, 1, 2 of the statistics; 3: filter, then plain
+PATHS = ["stream", "plain", "filter"]  # 0, 1, 2 of the statistics; 3: filter, then plain
 
 
 @pytest.fixture(params=LEVELS)
@@ -205,12 +205,12 @@ def test_mixed_scales_beside_each_other(level):
 
 
 def test_filter_equals_exhaustive_rescoring(bf16_level):
-    """The filter's answer is bit for bit the top-k of the fp32 scores of all pairs (path `dot`)."""
+    """The filter's answer is bit for bit the top-k of the fp32 scores of all pairs (path `stream`)."""
     for seed, (n, d, f, k) in enumerate([(100, 96, 5000, 32), (140, 257, 3000, 5),
                                          (64, 64, 9000, 64), (90, 500, 2048, 100)]):  # fmt: skip
         x, W, b = problem(n, d, f, seed=seed)
         x += 0.7  # a common part, as activations have
-        got, want = encode(x, W, b, k, "filter"), encode(x, W, b, k, "dot")
+        got, want = encode(x, W, b, k, "filter"), encode(x, W, b, k, "stream")
         assert got[2][0] == 2 and want[2][0] == 0
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
         assert got[2][3] < 12 * n * k, "the filter lets too much through"
@@ -235,7 +235,7 @@ def test_filter_under_any_rank_scale(bf16_level, kind):
     elif kind == "minus-one":
         scale.fill_(-1)
     got = encode(x, W, b, 70, "filter", scale=scale)  # 70: rows are no whole number of vectors
-    want = encode(x, W, b, 70, "dot", scale=scale)
+    want = encode(x, W, b, 70, "stream", scale=scale)
     if got[2][0] == 3:  # the rest was summed in another order
         assert (got[1] == want[1]).float().mean() > 0.99
     else:

@@ -16,6 +16,8 @@
 
 #if FASTSAE_X86
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTSAE_PRAGMA(x) _Pragma(#x)

@@ -51,7 +51,18 @@ struct Vec {
   Vec operator-(Vec b) const { return {v - b.v}; }
   Vec operator*(Vec b) const { return {v * b.v}; }
   Vec operator/(Vec b) const { return {v / b.v}; }
-  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  // Two roundings where the baseline has no fused one: the build forbids the compiler to contract.
+  static Vec fma(Vec a, Vec b, Vec c) {
+#ifdef __aarch64__
+    if constexpr (sizeof(A) == 4) {
+      return {(Native)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+    } else {
+      return {(Native)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
+    }
+#else
+    return {a.v * b.v + c.v};
+#endif
+  }
   static Vec sqrt(Vec a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
     return a;
@@ -228,6 +239,15 @@ struct Vec<double> {
   static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1); }
 };
 
+#endif
+
+// The same of single numbers, to the bit.
+#if FASTSAE_LEVEL == 0 && !defined(__aarch64__)
+inline float fma(float a, float b, float c) { return a * b + c; }
+inline double fma(double a, double b, double c) { return a * b + c; }
+#else
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
 // Asks for the cache lines of p[0, n) ahead of time.

@@ -1,10 +1,11 @@
 // topk_encode: the k best of x W_enc^T + b_enc per row, exact, without [N, F].
 //
-// Chunks of latents are packed, multiplied tile by tile against packed rows, and each tile is
-// compared with its rows' thresholds in the epilogue; what passes goes into a buffer per row that
-// is cut to the k best when it is full. Three ways to score:
-//   dot     few rows: W is streamed once, nothing is packed
-//   plain   products in the accumulation type (bf16 inputs: bf16 products, exact, fp32 sums)
+// Latents are packed, multiplied tile by tile against packed rows, and each tile is compared with
+// its rows' thresholds in the epilogue; what passes goes into a buffer per row that is cut to the k
+// best when it is full. Three ways to score, of which every one gives a pair the same score
+// (products.inl):
+//   stream  few rows: a panel of W at a time goes through L1
+//   plain   chunks of W are packed for all rows
 //   filter  fp32 and fp16 where the CPU has bf16 products: scores of rounded inputs with a proven
 //           error bound per pair; only pairs whose bound reaches the threshold are scored in fp32
 #include "cpu/topk_encode.h"
@@ -35,15 +36,16 @@ constexpr int64_t kChunkBytes = 4 << 20;    // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
 constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
 constexpr int64_t kRowBytes = 28 << 20;     // everything that is kept per row of a super-block
-// Measured on Zen 4 at D = 768, F = 24576 (benchmarks/NOTES.md): up to so many rows streaming W
-// beats packing it; more where only fp32 products come after packing.
-constexpr int64_t kDotRows = 12;
-constexpr int64_t kDotRowsWide = 48;    // AVX-512, fp32 products
-constexpr int64_t kFilterRows = 16;     // and 8 a thread, so that every thread has a panel
+// Rows up to which streaming W beats packing it, at every level (benchmarks/NOTES.md). It also
+// serves more rows where they make too few panels for the threads to share.
+constexpr int64_t kStreamRows = 128;
+constexpr int64_t kStreamPanels = 4;    // a thread
+constexpr int64_t kFilterRows = 32;     // and 8 a thread, so that every thread has a panel
 constexpr int64_t kFilterRatio = 24;    // F / k below which too many pairs are rescored
 constexpr double kRescoreLimit = 0.08;  // share of rescored pairs beyond which the filter loses
 
-// Last call: [path (0 dot, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored pairs].
+// Last call: [path (0 stream, 1 plain, 2 filter, 3 filter then plain), rows, latents, rescored
+// pairs].
 std::atomic<int64_t> g_stats[4];
 
 #include "cpu/topk_encode_pack.h"
@@ -66,6 +68,7 @@ class Encoder {
  public:
   using A = acc_t<In>;
   using Key = typename KeyOf<A>::Key;
+  static constexpr int64_t kBatch = 64;  // pairs scored at a time
 
   Encoder(CpuLevel level, const In* x, const In* w, const In* bias, const In* scale, int64_t n,
           int64_t d, int64_t f, int64_t k, bool relu, In* values, int32_t* indices)
@@ -90,19 +93,18 @@ class Encoder {
   void run() {
     const char* force = std::getenv("FASTSAE_TOPK_ENCODE_PATH");
     const std::string path = force ? force : "";
-    STD_TORCH_CHECK(path.empty() || path == "dot" || path == "plain" || path == "filter", kOp,
-                    ": FASTSAE_TOPK_ENCODE_PATH must be dot, plain or filter, got ", path);
-    constexpr bool exact16 = std::is_same<In, bf16>::value;
+    STD_TORCH_CHECK(path.empty() || path == "stream" || path == "plain" || path == "filter", kOp,
+                    ": FASTSAE_TOPK_ENCODE_PATH must be stream, plain or filter, got ", path);
     const bool packs = kMaxCols * round_up(d_, 2) * int64_t(sizeof(A)) <= (8 << 20);
-    const bool can_filter = kernels_.scan_filter && !exact16 && packs;
+    const bool can_filter = kernels_.scan_filter && packs;
     bool filter = can_filter && n_ >= std::max(kFilterRows, 8 * threads_) && d_ >= 64 &&
                   k_ * kFilterRatio <= f_ && k_ <= 1024;
-    const bool wide = kernels_.cols == kMaxCols && !plain_bf16();
-    bool dot = !packs || (!filter && n_ <= (wide ? kDotRowsWide : kDotRows));
-    if (path == "dot") dot = true;
-    if (path == "plain" && packs) dot = filter = false;
-    if (path == "filter" && can_filter && k_ <= 1024) filter = true, dot = false;
-    g_stats[0] = dot ? 0 : filter ? 2 : 1;
+    const int64_t panels = n_ / kernels_.max_rows;
+    bool stream = !packs || (!filter && (n_ <= kStreamRows || panels < kStreamPanels * threads_));
+    if (path == "stream") stream = true;
+    if (path == "plain" && packs) stream = filter = false;
+    if (path == "filter" && can_filter && k_ <= 1024) filter = true, stream = false;
+    g_stats[0] = stream ? 0 : filter ? 2 : 1;
     g_stats[1] = n_;
     g_stats[2] = f_;
     g_stats[3] = 0;
@@ -113,8 +115,8 @@ class Encoder {
     const int64_t rows = (n_ + blocks - 1) / blocks;
     for (int64_t r = 0; r < n_; r += rows) {
       const int64_t n = std::min(rows, n_ - r);
-      if (dot) {
-        run_dot(r, n);
+      if (stream) {
+        run_stream(r, n);
       } else if (filter) {
         run_filter(r, n);
       } else {
@@ -175,18 +177,37 @@ class Encoder {
               small ? kernels_.shrink : shrink_any<A>};
   }
 
-  // Exact products of bf16 inputs where the CPU has them, else products in A.
-  bool plain_bf16() const { return std::is_same<In, bf16>::value && kernels_.scan_bf16; }
-
   A rank_of(A score, int64_t latent) const {
     if (bias_) score += bias_[latent];
     return scale_ ? score * scale_[latent] : score;
   }
 
+  // The row of x as places: itself, or a copy in `store`.
+  const A* places(int64_t row, std::vector<A>& store) const {
+    const In* x = x_ + row * d_;
+    if constexpr (std::is_same<In, A>::value) {
+      (void)store;
+      return x;
+    } else {
+      store.resize(pack_.depth());
+      kernels_.places(x, d_, store.data());
+      return store.data();
+    }
+  }
+
+  // The scores of listed latents, x as places.
+  void scores(const A* x, const int32_t* latents, int64_t n, A* out) const {
+    const In* rows[kBatch];
+    for (int64_t i = 0; i < n; i += kBatch) {
+      const int64_t m = std::min(kBatch, n - i);
+      for (int64_t t = 0; t < m; ++t) rows[t] = w_ + int64_t(latents[i + t]) * d_;
+      kernels_.scores(&x, rows, m, d_, out + i);
+    }
+  }
+
   // Sorts row `row` of `rows` and writes it to output row `out`. Scaled ranks say nothing about the
-  // values, which are then scored again: `score(row, latents, n, out)`.
-  template <class Score>
-  void write_row(Rows<A>& rows, int64_t row, int64_t out, const Score& score) const {
+  // values, which are then scored again.
+  void write_row(Rows<A>& rows, int64_t row, int64_t out) const {
     rows.shrink(rows, row);
     static thread_local std::vector<Key> keys;
     keys.resize(k_);
@@ -196,18 +217,19 @@ class Encoder {
     std::sort(keys.begin(), keys.end(), std::greater<Key>());
     int32_t* index = indices_ + out * k_;
     for (int64_t i = 0; i < k_; ++i) index[i] = key_index<A>(keys[i]);
-    constexpr int64_t kBatch = 256;
-    A scores[kBatch];
+    static thread_local std::vector<A> store;
+    const A* x = scale_ ? places(out, store) : nullptr;
+    A score[kBatch];
     for (int64_t i0 = 0; i0 < k_; i0 += kBatch) {
       const int64_t n = std::min(kBatch, k_ - i0);
       if (scale_) {
-        score(row, index + i0, n, scores);
-        for (int64_t i = 0; bias_ && i < n; ++i) scores[i] += bias_[index[i0 + i]];
+        scores(x, index + i0, n, score);
+        for (int64_t i = 0; bias_ && i < n; ++i) score[i] += bias_[index[i0 + i]];
       } else {
-        for (int64_t i = 0; i < n; ++i) scores[i] = key_rank<A>(keys[i0 + i]);
+        for (int64_t i = 0; i < n; ++i) score[i] = key_rank<A>(keys[i0 + i]);
       }
       for (int64_t i = 0; i < n; ++i) {
-        const A v = relu_ && scores[i] <= A(0) ? A(0) : scores[i];  // NaN stays
+        const A v = relu_ && score[i] <= A(0) ? A(0) : score[i];  // NaN stays
         values_[out * k_ + i0 + i] = narrow<In>(v);
       }
     }
@@ -224,56 +246,32 @@ class Encoder {
     }
   }
 
-  void run_dot(int64_t r, int64_t n) {
-    const int64_t groups = groups_for(n);
-    std::vector<RowState> states(groups);
-    for (auto& s : states) init_rows(s, n);
-    Buffer<A> store;
-    const A* x = widened(x_ + r * d_, store, n * d_);
-    const int64_t per = round_up((f_ + groups - 1) / groups, kMaxCols);
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        DotJob<A, In> job{d_,    n,      std::min(f_, g * per), std::min(f_, (g + 1) * per), x, w_,
-                          bias_, scale_, &states[g].rows};
-        kernels_.scan_dot(job);
+  // Rows r.. of the output, from the states of their groups.
+  void write(std::vector<RowState>& states, int64_t r, int64_t n) const {
+    parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        merge(states, row);
+        write_row(states[0].rows, row, r + row);
       }
     });
-    for (int64_t row = 0; row < n; ++row) {
-      merge(states, row);
-      write_row(states[0].rows, row, r + row,
-                [&](int64_t i, const int32_t* list, int64_t m, A* out) {
-                  dot_scores(x + i * d_, list, m, out);
-                });
-    }
   }
 
-  void dot_scores(const A* x, const int32_t* latents, int64_t n, A* out) const {
-    const In* rows[8];
-    for (int64_t i = 0; i < n; i += 8) {
-      const int64_t m = std::min<int64_t>(8, n - i);
-      for (int64_t t = 0; t < m; ++t) rows[t] = w_ + int64_t(latents[i + t]) * d_;
-      kernels_.dots(x, rows, m, d_, out + i);
-    }
+  // Latents of which a chunk of kChunkBytes packs so many.
+  int64_t chunk_latents(int64_t row_bytes) const {
+    const int64_t cols = kernels_.cols;
+    return std::min(round_up(f_, cols), std::max(cols, kChunkBytes / row_bytes / cols * cols));
   }
 
-  // Groups of latents that run side by side, each with its own row states.
-  int64_t groups_for(int64_t n) const {
-    const int64_t bytes = n * row_stride() * int64_t(sizeof(A) + 4);
-    return std::max<int64_t>(1, std::min(threads_, std::min(f_ / 256, (16 << 20) / bytes)));
-  }
-
-  int64_t chunk_latents(bool use_bf16, int cols, int64_t bytes) const {
-    const int64_t row = use_bf16 ? round_up(d_, 2) * 2 : d_ * int64_t(sizeof(A));
-    return std::min(round_up(f_, cols), std::max<int64_t>(cols, bytes / row / cols * cols));
-  }
-
+  // Rows of x as [panels][depth][mr].
+  struct Panels {
+    int mr;
+    int64_t panels;
+    Buffer<A> places;
+  };
+  Panels pack_rows(int64_t r, int64_t n) const;
+  void run_stream(int64_t r, int64_t n);
   void run_plain(int64_t r, int64_t n);
-  void plain_scores(const void* a, int64_t row, int mr, const int32_t* latents, int64_t n,
-                    A* out) const;
-  PlainJob<A> plain_job(const void* a, int64_t n, int mr, bool use_bf16, Rows<A>* rows) const;
-  void scan_plain(const PlainJob<A>& job, bool use_bf16) const;
-  void plain_chunks(const void* a, int64_t n, int mr, int64_t first, Rows<A>* rows) const;
-  void write_plain(std::vector<RowState>& states, const void* a, int mr, int64_t r, int64_t n);
+  void scan_chunks(const Panels& x, int64_t n, int64_t first, Rows<A>* rows) const;
 
   struct Filter;
   void run_filter(int64_t r, int64_t n);

@@ -9,18 +9,18 @@
 namespace fastsae {
 namespace topk {
 
-constexpr int kMaxRows = 14;  // rows of the widest microkernel: 14 x 2 accumulators of 32 registers
-constexpr int kMaxCols = 32;
+constexpr int kMaxCols = 32;  // latents of the widest tile
 
-// Scores of packed row panels against packed latent panels, appended to `rows`.
+// Scores of packed row panels against packed latent panels, appended to `rows`. What a place of a
+// panel holds: products.inl.
 template <class T>
 struct PlainJob {
-  int64_t depth;                   // D, or pairs of D for bf16 products
+  int64_t depth;                   // places of a row
   int mr;                          // rows of one panel of A
   int64_t panel_begin, panel_end;  // row panels
   int64_t n_rows;                  // valid rows of A
-  const void* a;                   // [panels][depth][mr]
-  const void* b;                   // [latent panels][depth][nr]
+  const T* a;                      // [panels][depth][mr]
+  const T* b;                      // [latent panels][depth][nr]
   int64_t n_cols;                  // valid latents of b
   int64_t first;                   // index of the first latent of b
   int64_t block;                   // latent panels that fit in L2 beside a row panel
@@ -53,42 +53,43 @@ struct FilterJob {
   int64_t depth;
   int mr;
   int64_t panel_begin, panel_end, n_rows;
-  const uint32_t *a, *b;
+  const float *a, *b;
   int64_t n_cols, first, block;
   FilterCols cols;
   FilterRows* rows;
 };
 
-// Unpacked rows of W against few rows of x (as T): no packing, W streamed once.
+// Row panels against the latents [begin, end) of W as it lies, read once.
 template <class T, class In>
-struct DotJob {
+struct StreamJob {
   int64_t d, n_rows, begin, end;
-  const T* x;  // [n_rows, D]
+  int mr;
+  const T* a;  // [panels][depth][mr]
   const In* w;
   const T *bias, *scale;
   Rows<T>* rows;
+  T* c;  // scratch [panels * mr * cols]
 };
 
 template <class T, class In>
 struct Kernels {
-  int max_rows, cols;
+  int max_rows, cols;  // of the widest tile
+  int per;             // elements of d in a place of a panel
   void (*scan)(const PlainJob<T>&);
-  // Panel of `cols` latents, [D][cols]; a null row is zero.
-  void (*pack)(const In* const* rows, int64_t d, T* out);
-  void (*scan_dot)(const DotJob<T, In>&);
-  // out[i] = <x, rows[i]>, in the same order of summation as scan_dot.
-  void (*dots)(const T* x, const In* const* rows, int64_t n, int64_t d, T* out);
+  void (*scan_stream)(const StreamJob<T, In>&);
+  // Places [begin, end) of `cols` rows, [end - begin][cols].
+  void (*pack)(const In* const* rows, int64_t begin, int64_t end, int64_t d, T* out);
+  void (*places)(const In* row, int64_t d, T* out);
+  // out[i] = <x[0], rows[i]>, x[0] as places.
+  void (*scores)(const T* const* x, const In* const* rows, int64_t n, int64_t d, T* out);
   void (*shrink)(Rows<T>&, int64_t row);  // for counts up to kSelect; null: none
-  // bf16 products, or null.
-  int bf16_max_rows, bf16_cols;
-  void (*scan_bf16)(const PlainJob<T>&);
+  // The filter, or null. It has the same tiles, of bf16 pairs.
   void (*scan_filter)(const FilterJob&);
   // Raises a row's threshold to the k-th best of its lower bounds and the `known` exact ranks, and
   // drops the candidates below it.
   void (*prune)(FilterRows&, int64_t row, const float* ranks, int64_t known, int64_t k);
-  // [pairs][stride] bf16 pairs; square[i] = sum w^2, residual[i] = sum (w - w^)^2 unless null.
-  void (*pack_bf16)(const In* const* rows, int64_t d, uint32_t* out, float* square,
-                    float* residual);
+  // All pairs of `cols` rows, rounded; square[i] = sum w^2, residual[i] = sum (w - w^)^2.
+  void (*pack_bf16)(const In* const* rows, int64_t d, float* out, float* square, float* residual);
 };
 
 }  // namespace topk

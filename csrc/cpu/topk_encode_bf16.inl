@@ -1,51 +1,7 @@
-// bf16 products (vdpbf16ps): the filter over rounded inputs, and exact products of bf16 inputs.
-// Part of topk_encode.inl, at the level avx512_bf16 only.
+// The filter over inputs rounded to bf16. Part of topk_encode.inl, at the level avx512_bf16 only.
 
 using V16 = Vec<float>;
 constexpr int kBf16Cols = 32;
-
-// C [MR, 32] from bf16 pairs: a [pairs][MR], b [pairs][32].
-template <int MR>
-static void tile_bf16(int64_t pairs, const uint32_t* a, const uint32_t* b, float* c) {
-  __m512 acc[MR][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-  for (int64_t d = 0; d < pairs; ++d, a += MR, b += kBf16Cols) {
-    const __m512bh w0 = (__m512bh)_mm512_load_si512(b), w1 = (__m512bh)_mm512_load_si512(b + 16);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
-      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], s, w0);
-      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], s, w1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-    _mm512_store_ps(c + i * kBf16Cols, acc[i][0]);
-    _mm512_store_ps(c + i * kBf16Cols + 16, acc[i][1]);
-  }
-}
-
-static void tile_rows_bf16(int mr, int64_t pairs, const uint32_t* a, const uint32_t* b, float* c) {
-  switch (mr) {
-    case 1:
-      return tile_bf16<1>(pairs, a, b, c);
-    case 2:
-      return tile_bf16<2>(pairs, a, b, c);
-    case 4:
-      return tile_bf16<4>(pairs, a, b, c);
-    case 6:
-      return tile_bf16<6>(pairs, a, b, c);
-    case 8:
-      return tile_bf16<8>(pairs, a, b, c);
-    case 10:
-      return tile_bf16<10>(pairs, a, b, c);
-    case 12:
-      return tile_bf16<12>(pairs, a, b, c);
-    default:
-      return tile_bf16<14>(pairs, a, b, c);
-  }
-}
 
 // Appends every latent whose upper bound reaches the row's threshold (NaN bounds always do).
 static void emit_filter(const float* c, int64_t row, int n_rows, int n_cols, int64_t first,
@@ -137,38 +93,16 @@ static void scan_filter(const FilterJob& job) {
   for (int64_t block = 0; block < panels; block += job.block) {
     const int64_t block_end = block + job.block < panels ? block + job.block : panels;
     for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
-      const uint32_t* a = job.a + p * job.mr * job.depth;
+      const float* a = job.a + p * job.mr * job.depth;
       const int64_t row = p * job.mr;
       const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
       for (int64_t q = block; q < block_end; ++q) {
-        tile_rows_bf16(job.mr, job.depth, a, job.b + q * kBf16Cols * job.depth, c);
+        tile_rows<Product<bf16>, 2>(job.mr, job.depth, a, job.b + q * kBf16Cols * job.depth, false,
+                                    c);
         const int64_t col = q * kBf16Cols;
         const int n_cols =
             static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col : kBf16Cols);
         emit_filter(c, row, n_rows, n_cols, job.first + col, job.cols, col, job.rows);
-      }
-    }
-  }
-}
-
-static void scan_bf16(const PlainJob<float>& job) {
-  alignas(64) float c[kMaxRows * kBf16Cols];
-  const int64_t panels = (job.n_cols + kBf16Cols - 1) / kBf16Cols;
-  for (int64_t block = 0; block < panels; block += job.block) {
-    const int64_t block_end = block + job.block < panels ? block + job.block : panels;
-    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
-      const uint32_t* a = static_cast<const uint32_t*>(job.a) + p * job.mr * job.depth;
-      const int64_t row = p * job.mr;
-      const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
-      for (int64_t q = block; q < block_end; ++q) {
-        tile_rows_bf16(job.mr, job.depth, a,
-                       static_cast<const uint32_t*>(job.b) + q * kBf16Cols * job.depth, c);
-        const int64_t col = q * kBf16Cols;
-        const int n_cols =
-            static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col : kBf16Cols);
-        const int64_t first = job.first + col;
-        emit<float, 2>(c, row, n_rows, n_cols, first, job.bias ? job.bias + first : nullptr,
-                       job.scale ? job.scale + first : nullptr, job.rows);
       }
     }
   }
@@ -193,45 +127,41 @@ static inline __m256i round_bf16(__m512 v, __m512* square, __m512* residual) {
 // 32 rows to bf16 pairs [pairs][32], with the sums of squares of the rows and of what rounding
 // took.
 template <class In>
-static void pack_bf16(const In* const* rows, int64_t d, uint32_t* out, float* square,
+static void pack_bf16(const In* const* rows, int64_t d, float* out, float* square,
                       float* residual) {
   const int64_t pairs = (d + 1) / 2;
   for (int half = 0; half < 2; ++half) {
     __m512 sq[16], re[16];
     for (int r = 0; r < 16; ++r) sq[r] = re[r] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p += 16) {
-      __m512i m[16];
+      V16 m[16];
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) {
         const In* row = rows[half * 16 + r];
-        if (!row) {
-          m[r] = _mm512_setzero_si512();
-          continue;
+        for (int64_t i = 2 * p; i < 2 * p + 32; i += 64 / static_cast<int64_t>(sizeof(In))) {
+          __builtin_prefetch(row + kBf16Cols * d + i, 0, 2);
         }
         const __m256i lo = round_bf16(load_fp32(row, 2 * p, d), &sq[r], &re[r]);
         const __m256i hi = round_bf16(load_fp32(row, 2 * p + 16, d), &sq[r], &re[r]);
-        m[r] = _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+        m[r].v = _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1));
       }
-      transpose16(m);
+      transpose(m);
       const int n = static_cast<int>(pairs - p < 16 ? pairs - p : 16);
-      for (int i = 0; i < n; ++i) _mm512_store_si512(out + (p + i) * kBf16Cols + half * 16, m[i]);
+      for (int i = 0; i < n; ++i) m[i].store(out + (p + i) * kBf16Cols + half * 16);
     }
-    if (square) {
-      for (int r = 0; r < 16; ++r) {
-        square[half * 16 + r] = V16{sq[r]}.sum();
-        residual[half * 16 + r] = V16{re[r]}.sum();
-      }
+    for (int r = 0; r < 16; ++r) {
+      square[half * 16 + r] = V16{sq[r]}.sum();
+      residual[half * 16 + r] = V16{re[r]}.sum();
     }
   }
 }
 
-template <class In>
-static void set_bf16(Kernels<float, In>& t) {
-  t.bf16_max_rows = 14;
-  t.bf16_cols = kBf16Cols;
-  t.scan_bf16 = scan_bf16;
-  t.scan_filter = scan_filter;
-  t.prune = prune;
-  t.pack_bf16 = pack_bf16<In>;
+// bf16 inputs need none: the products of their tiles are these.
+template <class A, class In>
+static void set_filter(Kernels<A, In>& t) {
+  if constexpr (sizeof(A) == 4 && Product<In>::kPer == 1) {
+    t.scan_filter = scan_filter;
+    t.prune = prune;
+    t.pack_bf16 = pack_bf16<In>;
+  }
 }
-static void set_bf16(Kernels<double, double>&) {}

@@ -18,25 +18,15 @@ struct Encoder<In>::Filter {
 
   // Scores the candidates [begin, end) of a row in fp32 and merges them into its k best.
   void rescore(int64_t row, int64_t begin, int64_t end) {
-    const In* x = e->x_ + (r + row) * e->d_;
-    const float* wide;
-    if constexpr (std::is_same<In, float>::value) {
-      wide = x;
-    } else {
-      static thread_local std::vector<float> store;
-      store.resize(e->d_);
-      for (int64_t i = 0; i < e->d_; ++i) store[i] = widen(x[i]);
-      wide = store.data();
-    }
+    static thread_local std::vector<A> store;
+    const A* x = e->places(r + row, store);
     const int32_t* index = f.index + row * f.stride;
-    const In* w[8];
-    float score[8];
-    for (int64_t i = begin; i < end; i += 8) {
-      const int64_t m = std::min<int64_t>(8, end - i);
-      for (int64_t t = 0; t < m; ++t) w[t] = e->w_ + int64_t(index[i + t]) * e->d_;
-      e->kernels_.dots(wide, w, m, e->d_, score);
+    A score[kBatch];
+    for (int64_t i = begin; i < end; i += kBatch) {
+      const int64_t m = std::min(kBatch, end - i);
+      e->scores(x, index + i, m, score);
       for (int64_t t = 0; t < m; ++t) {
-        const float rank = e->rank_of(score[t], index[i + t]);
+        const A rank = e->rank_of(score[t], index[i + t]);
         if (!(rank <= rows->threshold[row])) rows->add(row, rank, index[i + t]);
       }
     }
@@ -70,10 +60,11 @@ struct Encoder<In>::Filter {
 // Sums of squares of rows and of their residuals to the factors of |w| and |w - w^| in the bound.
 template <class In>
 void Encoder<In>::row_errors(int64_t n, float* err_w, float* err_dw) const {
-  // Rounding of the two sums per |x| |w|: at most two roundings per pair of products (2^-23 each,
-  // whichever way the instruction rounds), D/16 + 8 in fp32 lanes, and a few in the bound itself.
-  const double g =
-      static_cast<double>(round_up(d_, 2)) * 0x1p-23 + static_cast<double>(d_ / 16 + 32) * 0x1p-23;
+  // Rounding of the two sums per |x| |w|: of products of bf16 at most two roundings per pair (2^-23
+  // each, whichever way the instruction rounds), of the score one of 2^-24 for every element of d,
+  // and a few in the bound itself.
+  const double one = static_cast<double>(d_) * 0x1p-24;
+  const double g = static_cast<double>(round_up(d_, 2) + 32) * 0x1p-23 + one / (1 - one);
   for (int64_t i = 0; i < n; ++i) {
     const double residual = norm_above(err_dw[i], d_);
     const double norm = norm_above(err_w[i], d_) + residual;  // bounds |x| and |x^|
@@ -111,9 +102,9 @@ void Encoder<In>::rescore_all(Filter& filter, int64_t n, int64_t n_latents) cons
 template <class In>
 void Encoder<In>::run_filter(int64_t r, int64_t n) {
   if constexpr (std::is_same<A, float>::value) {
-    const int mr = panel_rows(n, kernels_.bf16_max_rows), cols = kernels_.bf16_cols;
+    const int mr = panel_rows(n, kernels_.max_rows), cols = kernels_.cols;
     const int64_t panels = (n + mr - 1) / mr, pairs = (d_ + 1) / 2;
-    Buffer<uint32_t> a(panels * mr * pairs);
+    Buffer<float> a(panels * mr * pairs);
     Buffer<float> err_w(n), err_dw(n), threshold(n);
     const int64_t stride = pending_stride();
     Buffer<int32_t> count(n), limit(n), index(n * stride);
@@ -134,8 +125,8 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     filter.f = {lower.get(), upper.get(),  index.get(), count.get(), limit.get(),  threshold.get(),
                 err_w.get(), err_dw.get(), stride,      &filter,     &Filter::full};
 
-    const int64_t chunk = chunk_latents(true, cols, kChunkBytes);
-    Buffer<uint32_t> packed(chunk * pairs);
+    const int64_t chunk = chunk_latents(2 * round_up(d_, 2));
+    Buffer<float> packed(chunk * pairs);
     Buffer<float> col_store(5 * chunk);
     float* c0 = col_store.get();
     const FilterCols fc{c0, c0 + chunk, c0 + 2 * chunk, c0 + 3 * chunk, c0 + 4 * chunk};
@@ -168,40 +159,8 @@ void Encoder<In>::run_filter(int64_t r, int64_t n) {
     }
     rescore_all(filter, n, next);
     g_stats[3] += filter.rescored.load();
-    if (next >= f_) {
-      parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-        std::vector<float> wide(d_);
-        for (int64_t row = begin; row < end; ++row) {
-          write_row(states[0].rows, row, r + row,
-                    [&](int64_t i, const int32_t* list, int64_t m, A* out) {
-                      const In* x = x_ + (r + i) * d_;
-                      for (int64_t t = 0; t < d_; ++t) wide[t] = widen(x[t]);
-                      dot_scores(wide.data(), list, m, out);
-                    });
-        }
-      });
-      return;
-    }
-    // The rest goes the plain way. Scores already held are formed again in its order of summation,
-    // so that equal latents on both sides still tie.
-    const int plain_mr = panel_rows(n, kernels_.max_rows);
-    Buffer<A> plain_a((n + plain_mr - 1) / plain_mr * plain_mr * d_);
-    pack_.rows(r, n, plain_mr, plain_a.get());
-    parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      std::vector<A> scores(capacity_);
-      for (int64_t row = begin; row < end; ++row) {
-        Rows<A>& rows = states[0].rows;
-        const int64_t m = rows.count[row];
-        A* rank = rows.rank + row * rows.stride;
-        const int32_t* list = rows.index + row * rows.stride;
-        plain_scores(plain_a.get(), row, plain_mr, list, m, scores.data());
-        for (int64_t i = 0; i < m; ++i) rank[i] = rank_of(scores[i], list[i]);
-        rows.threshold[row] = std::numeric_limits<A>::quiet_NaN();
-        rows.shrink(rows, row);
-      }
-    });
-    plain_chunks(plain_a.get(), n, plain_mr, next, &states[0].rows);
-    write_plain(states, plain_a.get(), plain_mr, r, n);
+    if (next < f_) scan_chunks(pack_rows(r, n), n, next, &states[0].rows);
+    write(states, r, n);
   } else {
     (void)r, (void)n;
   }
@@ -212,10 +171,10 @@ template <class In>
 void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
   if (n_ == 0) return;
   if constexpr (std::is_same<In, float>::value) {
-    const int mr = panel_rows(n_, kernels_.bf16_max_rows), cols = kernels_.bf16_cols;
+    const int mr = panel_rows(n_, kernels_.max_rows), cols = kernels_.cols;
     const int64_t panels = (n_ + mr - 1) / mr, pairs = (d_ + 1) / 2, stride = f_ + 2 * kSlack;
     const int64_t chunk = round_up(f_, cols);
-    Buffer<uint32_t> a(panels * mr * pairs), packed(chunk * pairs);
+    Buffer<float> a(panels * mr * pairs), packed(chunk * pairs);
     Buffer<float> err_w(n_), err_dw(n_), threshold(n_), lo(n_ * stride), up(n_ * stride);
     Buffer<int32_t> index(n_ * stride), count(n_), limit(n_);
     Buffer<float> store(5 * chunk);
@@ -232,15 +191,13 @@ void Encoder<In>::bounds(float* lower, float* upper, float* exact) {
                     stride,      nullptr,         nullptr};
     FilterJob job{pairs, mr, 0, panels, n_, a.get(), packed.get(), f_, 0, 4, fc, &rows};
     kernels_.scan_filter(job);
-    const In* w[1];
+    std::vector<int32_t> all(f_);
+    for (int64_t j = 0; j < f_; ++j) all[j] = static_cast<int32_t>(j);
     for (int64_t i = 0; i < n_; ++i) {
       std::copy_n(lo.get() + i * stride, f_, lower + i * f_);
       std::copy_n(up.get() + i * stride, f_, upper + i * f_);
-      for (int64_t j = 0; j < f_; ++j) {
-        w[0] = w_ + j * d_;
-        kernels_.dots(x_ + i * d_, w, 1, d_, exact + i * f_ + j);
-        exact[i * f_ + j] = rank_of(exact[i * f_ + j], j);
-      }
+      scores(x_ + i * d_, all.data(), f_, exact + i * f_);
+      for (int64_t j = 0; j < f_; ++j) exact[i * f_ + j] = rank_of(exact[i * f_ + j], j);
     }
   } else {
     (void)lower, (void)upper, (void)exact;

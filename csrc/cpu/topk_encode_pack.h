@@ -45,7 +45,7 @@ inline float norm_above(float square, int64_t terms) {
   return norm <= 0x1p40 ? static_cast<float>(norm) : std::numeric_limits<float>::infinity();
 }
 
-// All panels lie one after another; places past the last row or latent hold zeros.
+// All panels lie one after another; past the last row or latent they repeat it.
 template <class In>
 class Packing {
  public:
@@ -56,41 +56,37 @@ class Packing {
           const A* scale)
       : kernels_(kernels), x_(x), w_(w), d_(d), bias_(bias), scale_(scale) {}
 
-  // Rows r.. of x as [panels][D][mr], zero past n.
+  int64_t depth() const { return (d_ + kernels_.per - 1) / kernels_.per; }
+
+  // Rows r.. of x as [panels][depth][mr].
   void rows(int64_t r, int64_t n, int mr, A* out) const {
-    const int64_t panels = (n + mr - 1) / mr;
+    const int64_t panels = (n + mr - 1) / mr, depth = this->depth();
     parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+      alignas(64) A tmp[kPackDepth * kMaxCols];
       for (int64_t p = begin; p < end; ++p) {
-        A* panel = out + p * mr * d_;
-        for (int i = 0; i < mr; ++i) {
-          const int64_t row = p * mr + i;
-          const In* src = x_ + (r + row) * d_;
-          if (row < n) {
-            for (int64_t d = 0; d < d_; ++d) panel[d * mr + i] = widen(src[d]);
-          } else {
-            for (int64_t d = 0; d < d_; ++d) panel[d * mr + i] = A(0);
-          }
+        const In* rows[kMaxCols];
+        panel_rows_of(r, n, mr, p, rows);
+        for (int64_t d = 0; d < depth; d += kPackDepth) {
+          const int64_t count = std::min(kPackDepth, depth - d);
+          kernels_.pack(rows, d, d + count, d_, tmp);
+          copy_panel(tmp, count, mr, out + (p * depth + d) * mr);
         }
       }
     });
   }
 
-  // Rows as bf16 pairs [panels][pairs][mr]; square and residual [n] unless null.
-  void rows_bf16(int64_t r, int64_t n, int mr, uint32_t* out, float* square,
-                 float* residual) const {
+  // Rounded to pairs of bf16, [panels][pairs][mr], with square and residual [n].
+  void rows_bf16(int64_t r, int64_t n, int mr, float* out, float* square, float* residual) const {
     const int64_t pairs = (d_ + 1) / 2, panels = (n + mr - 1) / mr;
     parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
-      Buffer<uint32_t> tmp(pairs * kMaxCols);
+      Buffer<float> tmp(pairs * kMaxCols);
       float sq[kMaxCols], re[kMaxCols];
       for (int64_t p = begin; p < end; ++p) {
-        const In* rows[kMaxCols] = {};
-        for (int i = 0; i < mr && p * mr + i < n; ++i) rows[i] = x_ + (r + p * mr + i) * d_;
+        const In* rows[kMaxCols];
+        panel_rows_of(r, n, mr, p, rows);
         kernels_.pack_bf16(rows, d_, tmp.get(), sq, re);
-        uint32_t* panel = out + p * mr * pairs;
-        for (int64_t q = 0; q < pairs; ++q) {
-          for (int i = 0; i < mr; ++i) panel[q * mr + i] = tmp[q * kMaxCols + i];
-        }
-        for (int i = 0; square && i < mr && p * mr + i < n; ++i) {
+        copy_panel(tmp.get(), pairs, mr, out + p * mr * pairs);
+        for (int i = 0; i < mr && p * mr + i < n; ++i) {
           square[p * mr + i] = sq[i];
           residual[p * mr + i] = re[i];
         }
@@ -99,29 +95,23 @@ class Packing {
   }
 
   void latent_rows(int64_t first, int64_t end, int cols, const In** rows) const {
-    for (int i = 0; i < cols; ++i) rows[i] = first + i < end ? w_ + (first + i) * d_ : nullptr;
+    for (int i = 0; i < cols; ++i) rows[i] = w_ + std::min(first + i, end - 1) * d_;
   }
 
   // Latents [begin, end) into panels of `out`; q_begin.. q_end of those panels.
-  void latents(bool use_bf16, int64_t begin, int64_t end, int64_t q_begin, int64_t q_end,
-               void* out) const {
+  void latents(int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, A* out) const {
     const In* rows[kMaxCols];
+    const int cols = kernels_.cols;
     for (int64_t q = q_begin; q < q_end; ++q) {
-      const int cols = use_bf16 ? kernels_.bf16_cols : kernels_.cols;
       latent_rows(begin + q * cols, end, cols, rows);
-      if (use_bf16) {
-        kernels_.pack_bf16(rows, d_, static_cast<uint32_t*>(out) + q * cols * ((d_ + 1) / 2),
-                           nullptr, nullptr);
-      } else {
-        kernels_.pack(rows, d_, static_cast<A*>(out) + q * cols * d_);
-      }
+      kernels_.pack(rows, 0, depth(), d_, out + q * cols * depth());
     }
   }
 
   // The same for the filter, with the per-latent side of the error bound.
-  void filter(int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, uint32_t* out,
+  void filter(int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, float* out,
               const FilterCols& fc) const {
-    const int cols = kernels_.bf16_cols;
+    const int cols = kernels_.cols;
     const In* rows[kMaxCols];
     float square[kMaxCols], residual[kMaxCols];
     constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -148,6 +138,22 @@ class Packing {
   }
 
  private:
+  static constexpr int64_t kPackDepth = 64;
+
+  // The rows of panel p.
+  void panel_rows_of(int64_t r, int64_t n, int mr, int64_t p, const In** rows) const {
+    for (int i = 0; i < kMaxCols; ++i) {
+      rows[i] = x_ + (r + std::min(p * mr + std::min(i, mr - 1), n - 1)) * d_;
+    }
+  }
+
+  // The first mr columns of tmp [depth][cols].
+  void copy_panel(const A* tmp, int64_t depth, int mr, A* out) const {
+    for (int64_t d = 0; d < depth; ++d) {
+      for (int i = 0; i < mr; ++i) out[d * mr + i] = tmp[d * kernels_.cols + i];
+    }
+  }
+
   const Kernels<A, In>& kernels_;
   const In *x_, *w_;
   int64_t d_;

@@ -137,7 +137,7 @@ class Counter {
   };
   struct Token {
     int64_t row, begin, end;  // its pairs
-    const A* x;
+    const A* x;               // as places (products.inl)
     Quantised q;
     bool open;  // is an answer missing after the first latents?
   };
@@ -148,14 +148,13 @@ class Counter {
     if (p_.bias) score += widen(p_.bias[latent]);
     return p_.scale ? score * widen(p_.scale[latent]) : score;
   }
-  A exact(const A* x, int64_t latent) const {
-    A out;
-    score(&x, 1, p_.w + latent * p_.D, 1, &out);
-    return out;
+  // Scores of pairs, x as places.
+  void exact(const A* const* x, const In* const* rows, int64_t n, A* out) const {
+    FASTSAE_AT_BF16_LEVEL(p_.level, pair_scores<false>, x, rows, n, p_.D, out);
   }
-
   void score(const A* const* x, int64_t tokens, const In* w, int64_t n, A* out) const {
-    FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, out);
+    Scratch<A> panel(tokens > 1 ? kTokens * p_.D : 0);
+    FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, panel.get(), out);
   }
   void code_score(const int16_t* const* q, int64_t tokens, const int8_t* codes, int64_t n,
                   float* out) const {
@@ -176,10 +175,12 @@ class Counter {
     parallel_each(groups, work < kAlone ? 1 : threads_for(groups, work), [&](int64_t g) {
       const int64_t begin = g * kTokens, size = std::min(kTokens, N - begin);
       Token* group = tokens.data() + begin;
+      find_pairs(group, begin, size, latents, run, used, J);
       bool open = false;
       for (int64_t t = 0; t < size; ++t) {
-        group[t] = find_pairs(begin + t, latents + (begin + t) / run * J, used, J);
-        open |= group[t].begin < group[t].end;
+        if (group[t].begin == group[t].end) continue;
+        open = true;
+        if (p_.codes) quantise(group[t].row, &group[t].q);
       }
       for (int64_t first = 0; open && first < done_; first += kLatents) {
         open = count(group, size, first, std::min(kLatents, done_ - first));
@@ -194,33 +195,67 @@ class Counter {
     }
   }
 
-  // Scores the latents that are asked for: those that their own sign does not settle.
-  Token find_pairs(int64_t n, const int32_t* wanted, int64_t used, int64_t J) {
-    Token token{n, n * J, n * J, nullptr, {}, false};
-    for (int64_t j = 0; j < used; ++j) {
-      if (wanted[j] < 0) continue;
-      if (!token.x) token.x = widened(n);
-      const A score = exact(token.x, wanted[j]);
-      if (p_.positive && score + bias(wanted[j]) <= A(0)) continue;  // NaN stays
-      pairs_.get()[token.end] = {n * J + j, wanted[j], rank(score, wanted[j])};
-      counts_[token.end++].store(0, std::memory_order_relaxed);
-    }
-    if constexpr (std::is_same<A, float>::value) {
-      if (p_.codes && token.begin < token.end) {
-        FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::quantise, token.x, p_.D, q_.get() + n * p_.D,
-                              &token.q);
+  // Scores the latents that a group of tokens asks for: those that their own sign does not settle.
+  void find_pairs(Token* group, int64_t begin, int64_t size, const int32_t* latents, int64_t run,
+                  int64_t used, int64_t J) {
+    std::array<Pair, kLatents> found;
+    std::array<Token*, kLatents> token;
+    std::array<const A*, kLatents> x;
+    std::array<const In*, kLatents> w;
+    std::array<A, kLatents> scores;
+    int64_t count = 0;
+    const auto flush = [&] {
+      exact(x.data(), w.data(), count, scores.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t latent = found[i].latent;
+        if (p_.positive && scores[i] + bias(latent) <= A(0)) continue;  // NaN stays
+        found[i].rank = rank(scores[i], latent);
+        counts_[token[i]->end].store(0, std::memory_order_relaxed);
+        pairs_.get()[token[i]->end++] = found[i];
+      }
+      count = 0;
+    };
+    for (int64_t n = begin; n < begin + size; ++n, ++group) {
+      *group = {n, n * J, n * J, nullptr, {}, false};
+      const int32_t* wanted = latents + n / run * J;
+      for (int64_t j = 0; j < used; ++j) {
+        if (wanted[j] < 0) continue;
+        if (!group->x) group->x = row(n);
+        if (count == kLatents) flush();
+        found[count] = {n * J + j, wanted[j], A(0)};
+        token[count] = group, x[count] = group->x, w[count++] = p_.w + wanted[j] * p_.D;
       }
     }
-    return token;
+    flush();
   }
 
-  const A* widened(int64_t n) const {
+  // Row n of x as places.
+  const A* row(int64_t n) const {
+    const In* x = x_ + n * p_.D;
     if constexpr (std::is_same<In, A>::value) {
-      return x_ + n * p_.D;
+      return x;
     } else {
-      A* row = wide_.get() + n * p_.D;
-      for (int64_t d = 0; d < p_.D; ++d) row[d] = widen(x_[n * p_.D + d]);
-      return row;
+      FASTSAE_AT_BF16_LEVEL(p_.level, places, x, p_.D, wide_.get() + n * p_.D);
+      return wide_.get() + n * p_.D;
+    }
+  }
+
+  void quantise(int64_t n, Quantised* out) {
+    if constexpr (std::is_same<A, float>::value) {
+      const In* x = x_ + n * p_.D;
+      const float* values;
+      if constexpr (std::is_same<In, float>::value) {
+        values = x;
+      } else {
+        static thread_local std::vector<float> store;
+        store.resize(p_.D);
+        FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::values_of, x, p_.D, store.data());
+        values = store.data();
+      }
+      FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::quantise, values, p_.D, q_.get() + n * p_.D,
+                            out);
+    } else {
+      (void)n, (void)out;
     }
   }
 
@@ -314,8 +349,13 @@ class Counter {
         better += *low > pair.rank;
         continue;
       }
-      if (!(*low == *high)) *low = *high = rank(exact(token.x, first + l), first + l);
-      better += topk::make_key<A>(*low, static_cast<int32_t>(first + l)) > own;
+      const int32_t latent = static_cast<int32_t>(first + l);
+      if (!(*low == *high)) {
+        const In* w = p_.w + latent * p_.D;
+        exact(&token.x, &w, 1, low);
+        *low = *high = rank(*low, latent);
+      }
+      better += topk::make_key<A>(*low, latent) > own;
     }
     return better;
   }

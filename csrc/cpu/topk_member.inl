@@ -1,65 +1,37 @@
+#include "cpu/products.inl"
+
 namespace fastsae {
 namespace FASTSAE_NS {
 namespace topk_member {
 
 using namespace ::fastsae::topk_member;
 
-// out[r, l] = <x_r, w_l>: R rows x_r [d] against L rows w [L, d]. One accumulator per pair, so
-// that a pair's sum does not depend on its neighbours and equal rows tie.
-template <class A, class In, int R, int L>
-inline void dot_block(const A* const* x, const In* w, int64_t d, A* out, int64_t stride) {
-  using V = Vec<A>;
-  V acc[R][L];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) acc[r][l] = V::zero();
-  }
-  int64_t i = 0;
-  for (; i + V::kLanes <= d; i += V::kLanes) {
-    V xs[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) xs[r] = V::load(x[r] + i);
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) {
-      const V ws = V::load(w + l * d + i);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r][l] = V::fma(xs[r], ws, acc[r][l]);
+// out [tokens, kLatents] = the rows x_t (places) times the n rows w [n, d]; tokens <= kTokens,
+// n <= kLatents. panel: scratch for kTokens rows.
+template <class In>
+static void scores(const acc_t<In>* const* x, int64_t tokens, const In* w, int64_t n, int64_t d,
+                   acc_t<In>* panel, acc_t<In>* out) {
+  using A = acc_t<In>;
+  constexpr int kNV = 2, kCols = kNV * Vec<A>::kLanes;
+  const int mr = tokens == 3 ? 4 : static_cast<int>(tokens);
+  const A* a = x[0];
+  if (mr > 1) {
+    const int64_t depth = depth_of<In>(d);
+    for (int r = 0; r < mr; ++r) {
+      const A* row = x[r < tokens ? r : 0];
+      for (int64_t i = 0; i < depth; ++i) panel[i * mr + r] = row[i];
     }
+    a = panel;
   }
-  if (i < d) {
-    const int n = static_cast<int>(d - i);
-    for (int l = 0; l < L; ++l) {
-      const V ws = V::load_n(w + l * d + i, n);
-      for (int r = 0; r < R; ++r) acc[r][l] = V::fma(V::load_n(x[r] + i, n), ws, acc[r][l]);
+  alignas(64) A c[kMaxRows * kCols];
+  for (int64_t l = 0; l < n; l += kCols) {
+    const int64_t count = n - l < kCols ? n - l : kCols;
+    const In* rows[kCols];
+    for (int i = 0; i < kCols; ++i) rows[i] = w + (l + (i < count ? i : count - 1)) * d;
+    stream<In, kNV>(a, 1, mr, rows, d, c);
+    for (int64_t r = 0; r < tokens; ++r) {
+      std::memcpy(out + r * kLatents + l, c + r * kCols, count * sizeof(A));
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) out[r * stride + l] = acc[r][l].sum();
-  }
-}
-
-template <class A, class In, int R>
-static void dots(const A* const* x, const In* w, int64_t n, int64_t d, A* out) {
-  int64_t l = 0;
-  for (; l + 4 <= n; l += 4) dot_block<A, In, R, 4>(x, w + l * d, d, out + l, kLatents);
-  for (; l < n; ++l) dot_block<A, In, R, 1>(x, w + l * d, d, out + l, kLatents);
-}
-
-// out [tokens, kLatents] = the rows x_t [d] times the n rows w [n, d]; tokens <= kTokens.
-template <class A, class In>
-static void scores(const A* const* x, int64_t tokens, const In* w, int64_t n, int64_t d, A* out) {
-  switch (tokens) {
-    case 1:
-      return dots<A, In, 1>(x, w, n, d, out);
-    case 2:
-      return dots<A, In, 2>(x, w, n, d, out);
-    case 3:
-      return dots<A, In, 3>(x, w, n, d, out);
-    default:
-      return dots<A, In, 4>(x, w, n, d, out);
   }
 }
 
@@ -233,6 +205,15 @@ static float fine_score(const int16_t* q, const int8_t* codes, const int8_t* res
     second = add_products(second, x, load_codes_n(rest + i, n));
   }
   return total(first) + total(second) / 254;
+}
+
+// x as the products see it: where they are of bf16 pairs, subnormals are zero.
+template <class In>
+static void values_of(const In* x, int64_t d, float* out) {
+  for (int64_t i = 0; i < d; ++i) {
+    out[i] = widen(x[i]);
+    if (Product<In>::kPer == 2 && std::abs(out[i]) < 0x1p-126f) out[i] = 0;
+  }
 }
 
 // q = x in steps of its own, and how much x is and lies off that. Nothing is known of an x that is
