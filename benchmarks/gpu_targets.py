@@ -15,7 +15,6 @@ again. With --device cpu --quick every piece runs at toy sizes without a GPU.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -36,11 +35,13 @@ import _peers as peers
 from bench_training_step import own_step, peer_check
 
 import fastsae
-from fastsae import _dispatch
+from fastsae import _isolated
 from fastsae.bench import run
-from fastsae.bench.cases import CASES, Inputs, Size, product
+from fastsae.bench.cases import Inputs, Size
+from fastsae.bench.isolated import Job, measured
 from fastsae.bench.timing import Contender, Measurement, measure
 
+STEP_LIMIT_S = 100.0  # of one training step: its kernels, or torch.compile's, are compiled in it
 BIG = (8192, 4096, 131072, 64)
 NARROW = (8192, 768, 131072, 64)
 # every extreme of 1024–16384 tokens, 768–8192 wide, 32k–1M latents, 16–512 active, not every corner
@@ -74,11 +75,14 @@ class Piece:
     def __init__(self, args: argparse.Namespace) -> None:
         self.path: Path = args.out
         self.device: str = args.device
+        self.only: str = args.only
         self.quick: bool = args.quick
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.plan = run.Plan(device=self.device, rounds=3 if self.quick else 11, seconds=3.0)
+        self.plan = run.Plan(
+            device=self.device, rounds=3 if self.quick else 11, seconds=2.0, gather=True
+        )
         self.found: dict[str, Any] = {"rows": []}
-        if self.path.exists():
+        if not self.only and self.path.exists():
             self.found = json.loads(self.path.read_text())
             failed = [_place(r) for r in run.bad(own(self.found["rows"]))]
             self.found["rows"] = [r for r in self.found["rows"] if _place(r) not in failed]
@@ -93,12 +97,49 @@ class Piece:
         return Size(n, d, f, k, self.dtype, self.device)
 
     def has(self, size: Size, op: str = "", backend: str = "") -> bool:
-        wanted = run._row(op, backend, size)
+        wanted = run.row_of(op, backend, size)
         return any(
             all(value in ("", r[key]) for key, value in wanted.items()) for r in self.found["rows"]
         )
 
+    def measure(self, size: Size, op: str, names: Sequence[str], *, together: bool = False) -> None:
+        """What of an op's contenders is not there yet, each in a process of its own or together."""
+        left = tuple(n for n in names if not self.has(size, op, n))
+        if not left:
+            return
+        jobs = [Job(size, op, left if together else (n,), alone=True)
+                for n in (left[:1] if together else left)]  # fmt: skip
+
+        def on_row(row: dict[str, Any]) -> None:
+            if row["op"] == op or not self.has(size, row["op"], row["backend"]):
+                self.add([row])
+
+        measured(jobs, self.plan, on_row)
+
+    def apart(self, piece: str, size: Size, names: Sequence[str]) -> None:
+        """A piece's training steps, each in a process of its own: one may take the device along,
+        and two may not fit on it."""
+        for name in names:
+            if self.has(size, "training_step", name):
+                continue
+            rows: list[dict[str, Any]] = []
+            arguments = [piece, "--only", name, "--device", self.device, "--out", os.devnull]
+            path = os.pathsep.join([str(h.HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+            why = _isolated.rows(
+                "gpu_targets", arguments + ["--quick"] * self.quick, rows.append,
+                limit_s=STEP_LIMIT_S, env={"PYTHONPATH": path},
+            )  # fmt: skip
+            if why is not None:
+                note = " ".join(why.split())[-200:]
+                failed = run.row_of("training_step", name, size)
+                rows = [failed | {"verified": False, "note": note, "error": note}]
+            self.add(rows)
+
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.only:  # the child of `apart`
+            for row in rows:
+                print(json.dumps(row), flush=True)
+            return
         self.found["rows"] += rows
         self.found["machine"] = h.machine(self.device)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,9 +150,7 @@ class Piece:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Rows that are measured together; each of a training step's is measured by itself."""
-    step = row["op"] == "training_step"
-    return (row["N"], row["D"], row["F"], row["K"], row["backend"] if step else "")
+    return (row["op"], row["N"], row["D"], row["F"], row["K"], row["backend"])
 
 
 def ceilings(piece: Piece) -> None:
@@ -119,108 +158,41 @@ def ceilings(piece: Piece) -> None:
         piece.found["ceilings"] = run.ceilings(piece.device, piece.dtype, piece.quick)
 
 
+BOUNDED, FUSED = ("triton bounded",), ("triton fused", "triton fp8")  # fp32, and 16 bits
+
+
 def encode(piece: Piece) -> None:
+    """Backends, and designs of the Triton encoder, forced: their table in
+    triton_kernels/topk_encode.py is a prediction until these rows decide it."""
     ceilings(piece)
     for shape in (BIG, NARROW):
         size = piece.size(*shape)
-        if not piece.has(size):
-            given, clock = Inputs(size), piece.plan.clock()
-            rows = run.one("topk_encode", size, given, piece.plan, clock)
-            piece.add(rows + designs(ENCODERS, size, given, piece.plan, clock))
+        names = run.names("topk_encode", size, piece.plan)
+        if "triton" in names:
+            wide = size.dtype == torch.float32
+            names += ["triton chunked", *(BOUNDED if wide else FUSED)]
+        piece.measure(size, "topk_encode", names)
 
 
 def hopper(piece: Piece) -> None:
     """The design with a product in CUDA C++, apart: what never ran on a device may hang on one."""
     for shape in (BIG, NARROW):
         size = piece.size(*shape)
-        if not piece.has(size):
-            piece.add(designs(["hopper"], size, Inputs(size), piece.plan, piece.plan.clock()))
-
-
-ENCODERS = ("chunked", "bounded", "fused", "fp8")
-
-
-def designs(
-    names: Sequence[str], size: Size, given: Inputs, plan: run.Plan, clock: Any
-) -> list[dict[str, Any]]:
-    """Designs of the Triton encoder, forced, beside the product: their table in
-    triton_kernels/topk_encode.py is a prediction until these rows decide it."""
-    x, w, unit, case = (
-        given.x[0],
-        given.w[0],
-        product(size, given),
-        CASES["topk_encode"](size, given),
-    )
-    if _dispatch._missing("topk_encode", "triton", x.device.type, x.dtype) is not None:
-        return []
-    kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
-    names = [n for n in names if kernels.runs(n, x, w, size.k)]
-    if not names:
-        return []
-
-    def contender(name: str) -> Contender:
-        def call(i: int) -> Any:
-            return kernels.topk_encode(x, w, given.b, size.k, True, None, design=name)
-
-        return Contender(name, call, case.check)
-
-    contenders = [Contender("product", unit.run), *map(contender, names)]
-    base, *measured = measure(contenders, rounds=plan.rounds, seconds=plan.seconds, clock=clock)
-    rows = []
-    for name, m in zip(names, measured):
-        rows.append(run._row("topk_encode", f"triton {name}", size))
-        run._fill(rows[-1], m, case, base)
-        if name == "fp8" and not m.failed:
-            rows[-1]["recall"] = recall(*(contender(of).run(0)[1] for of in ("chunked", name)))
-    return rows
-
-
-def recall(exact: torch.Tensor, found: torch.Tensor) -> float:
-    """Share of the exact latents [N, K] that are among those found."""
-    hits = sum(
-        int((a[:, :, None] == b[:, None, :]).any(2).sum())
-        for a, b in zip(exact.split(1024), found.split(1024))
-    )
-    return hits / exact.numel()
+        if "triton" in run.usable("topk_encode", piece.device, size.dtype):
+            piece.measure(size, "topk_encode", ["triton hopper"])
 
 
 def grid(piece: Piece) -> None:
-    plan = run.Plan(piece.device, backends=(run.AUTO,), rounds=3 if piece.quick else 5, seconds=1.5)
     for shape in GRID:
-        size = piece.size(*shape)
-        if not piece.has(size):
-            piece.add(run.one("topk_encode", size, Inputs(size), plan, plan.clock()))
-            if piece.cuda:
-                torch.cuda.empty_cache()
-
-
-def plain_gather(given: Inputs, clock: Any) -> float:
-    """GB/s, read and written, of torch's gather of the rows that the ops read."""
-    size, picks = given.size, given.pairs[0][1].flatten()
-    out = torch.empty(len(picks), size.d, dtype=size.dtype, device=size.device)
-
-    def run_it(i: int) -> Any:
-        return torch.index_select(given.w[0], 0, picks, out=out)
-
-    (m,) = measure([Contender("gather", run_it)], rounds=9, seconds=3.0, clock=clock)
-    return 2 * size.gathered / m.median_ms() / 1e6
+        piece.measure(piece.size(*shape), "topk_encode", [run.EAGER, run.AUTO], together=True)
 
 
 def gather(piece: Piece) -> None:
-    """The ops that read K rows a token, and torch's gather of the same rows in the same run."""
+    """The ops that read K rows a token, and torch's gather of the same rows beside each."""
     ceilings(piece)
     size = piece.size(*BIG)
-    left = [op for op in GATHERING if not piece.has(size, op=op)]
-    if not left:
-        return
-    given, clock = Inputs(size), piece.plan.clock()
-    gbps = piece.found["plain_gather_gbps"] = plain_gather(given, clock)
-    for op in left:
-        rows = run.one(op, size, given, piece.plan, clock)
-        for row in rows:
-            if "gbps" in row:
-                row["of_gather"] = row["gbps"] / gbps
-        piece.add([r for r in rows if r["op"] != "product"])
+    for op in GATHERING:
+        piece.measure(size, op, [n for n in run.names(op, size, piece.plan) if n != "reference"])
 
 
 def _tokens(size: Size) -> list[torch.Tensor]:
@@ -265,8 +237,17 @@ def _made(make: Callable[[], Any], size: Size) -> Any:
         torch.set_default_dtype(before)
 
 
+STEPS = (
+    "fastsae", "fastsae, 8-bit moments and masters", "dense eager", "dense compiled", "sparsify",
+)  # fmt: skip
+
+
 def step(piece: Piece) -> None:
+    """A whole training step by each of STEPS, beside the product in the same process."""
     size = piece.size(*BIG)
+    if not piece.only:
+        piece.apart("step", size, STEPS)
+        return
     xs, w = _tokens(size), Inputs(size).w[:1]
     d, f, k = size.d, size.f, size.k
 
@@ -280,31 +261,23 @@ def step(piece: Piece) -> None:
         "dense compiled": dense(compiled=True),
         "sparsify": lambda: peers.sparsify_step(d, f, k, optimizer="adam", device=size.device),
     }
-    for name in makers:  # one at a time: two of them may not fit
-        if piece.has(size, backend=name):
-            continue
-        built: list[Any] = []
+    name = piece.only
+    built: list[Any] = []
 
-        def call(i: int, name: str = name, built: list[Any] = built) -> Any:
-            if not built:
-                built.append(_made(makers[name], size))
-            return built[0](xs[0])
+    def call(i: int) -> Any:
+        if not built:
+            built.append(_made(makers[name], size))
+        return built[0](xs[0])
 
-        mine = name.startswith("fastsae")
-        check = (lambda _: _verified(size.device)) if mine else peer_check(size.n, k)
-        contenders = [
-            Contender("product", lambda i: xs[0] @ w[0].T),
-            Contender(name, call, check),
-        ]
-        measured = measure(contenders, rounds=5, seconds=6.0, clock=piece.plan.clock())
-        piece.add([_step_row(name, size, *measured)])
-        built.clear()
-        if piece.cuda:
-            torch.cuda.empty_cache()
+    mine = name.startswith("fastsae")
+    check = (lambda _: _verified(size.device)) if mine else peer_check(size.n, k)
+    contenders = [Contender("product", lambda i: xs[0] @ w[0].T), Contender(name, call, check)]
+    results = measure(contenders, rounds=5, seconds=6.0, clock=piece.plan.clock())
+    piece.add([_step_row(name, size, *results)])
 
 
 def _step_row(name: str, size: Size, unit: Measurement, m: Measurement) -> dict[str, Any]:
-    row = run._row("training_step", name, size)
+    row = run.row_of("training_step", name, size)
     run._fill(
         row, m, run.Case(lambda i: None, lambda r: "", 6.0 * size.n * size.d * size.f, 0), unit
     )
@@ -320,13 +293,14 @@ def largest(piece: Piece) -> None:
         "fastsae": lambda: _own(size, **FEW_BITS),
         "dense eager": lambda: peers.eager_step(size.d, size.f, size.k),
     }
-    for name, make in makers.items():
-        if not piece.has(size, backend=name):
-            piece.add([_first_steps(name, size, make, piece)])
+    if piece.only:
+        piece.add([_first_steps(piece.only, size, makers[piece.only], piece)])
+    else:
+        piece.apart("largest", size, tuple(makers))
 
 
 def _first_steps(name: str, size: Size, make: Callable[[], Any], piece: Piece) -> dict[str, Any]:
-    row = {**run._row("training_step", name, size), "verified": False, "note": ""}
+    row = {**run.row_of("training_step", name, size), "verified": False, "note": ""}
     (x,), losses = _tokens(size), []
     if piece.cuda:
         torch.cuda.empty_cache()
@@ -419,7 +393,9 @@ def report(args: argparse.Namespace) -> None:
     if not pieces:
         raise SystemExit(f"gpu_targets.py: no results in {args.state}")
     limits = next((p["ceilings"] for p in pieces.values() if "ceilings" in p), {})
-    plain = pieces.get("gather", {}).get("plain_gather_gbps")
+    picked = [r["gbps"] for r in pieces.get("gather", {}).get("rows", [])
+              if r["op"] == run.GATHER and "gbps" in r]  # fmt: skip
+    plain = max(picked, default=None)
     print("ceilings: " + ", ".join(f"{k} {v:.4g}" for k, v in limits.items()))
     print(f"plain gather of the same rows: {plain:.4g} GB/s" if plain else "no gather measured")
     for name, piece in pieces.items():
@@ -456,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--results", type=Path, default=h.HERE / "results")
     p.add_argument("--device", default="cuda")
     p.add_argument("--quick", action="store_true", help="toy sizes")
+    p.add_argument("--only", default="", help="one training step, as rows of JSON")
     args = p.parse_args(argv)
     if args.piece == "report":
         if args.state is None:
@@ -464,9 +441,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.out is None:
         p.error(f"{args.piece} needs --out")
-    print(h.header(args.device), flush=True)
     piece = Piece(args)
+    if not piece.only:
+        print(h.header(args.device), flush=True)
     PIECES[args.piece](piece)
+    if piece.only:
+        return
     if run.bad(own(piece.found["rows"])):
         raise SystemExit(1)
 

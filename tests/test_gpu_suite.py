@@ -163,4 +163,4 @@ def test_a_wrong_row_of_ours_fails_the_piece(targets, backend):
 
 def test_recall_counts_what_was_found_in_any_order(targets):
     exact, found = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[3, 2, 1], [4, 5, 7]])
-    assert targets.recall(exact, exact) == 1.0 and targets.recall(exact, found) == 5 / 6
+    assert targets.run.recall(exact, exact) == 1.0 and targets.run.recall(exact, found) == 5 / 6

@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def product_library(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@cache
+def has_onednn_in_fp32() -> bool:
+    """Whether products through oneDNN keep fp32's accuracy: where a CPU has AMX, torch lets oneDNN
+    multiply in bf16."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=g, dtype=torch.float32) for _ in range(2))
+    with product_library("onednn"):
+        product = a @ b
+    truth = a.double() @ b.double()
+    return bool((product - truth).abs().max() <= 1e-4 * truth.abs().max())
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,18 @@ import torch
 
 from .. import _dispatch
 from .cases import CASES, Case, Inputs, Size, eager, largest_tensors, product
-from .machine import machine
+from .machine import has_onednn_in_fp32, machine
 from .timing import WRONG, Clock, Contender, EventClock, Measurement, WallClock, measure
 
 SCHEMA = 1
 PRODUCTS = ("default", "onednn")
 SKIPPED = "skipped"
 AUTO = "auto"  # the backend that a call takes
+EAGER, HAVE_EAGER = "eager", ("topk", "topk_encode")
+GATHER, GATHERING = "gather", (
+    "sparse_decode", "sparse_grad_values", "sparse_grad_weight", "sparse_grad_weight_rows",
+    "sparse_adam_step",
+)  # fmt: skip
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Plan:
     backends: Sequence[str] = ()  # none given: every usable one
     rounds: int = 15
     seconds: float = 5.0  # one op at one size
+    gather: bool = False  # beside the ops that read K rows a token, torch's gather of those rows
 
     def clock(self) -> Clock:
         return EventClock(self.device) if torch.device(self.device).type == "cuda" else WallClock()
@@ -67,7 +74,7 @@ def _forced(backend: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return run
 
 
-def _row(op: str, backend: str, size: Size) -> dict[str, Any]:
+def row_of(op: str, backend: str, size: Size) -> dict[str, Any]:
     return {
         "op": op,
         "backend": backend,
@@ -104,8 +111,29 @@ def _fill(row: dict[str, Any], m: Measurement, case: Case, unit: Measurement | N
         row["of_product"] = ratio
 
 
-def one(op: str, size: Size, given: Inputs, plan: Plan, clock: Clock) -> list[dict[str, Any]]:
-    """Rows of one op at one size: the product, eager torch where it applies, every backend."""
+def names(op: str, size: Size, plan: Plan) -> list[str]:
+    """The contenders of an op beside the product: eager torch where it applies, every backend."""
+    can = usable(op, size.device, size.dtype)
+    chosen = [b for b in plan.backends or can if b == AUTO or b in can]
+    return [EAGER, *chosen] if op in HAVE_EAGER else chosen
+
+
+def one(
+    op: str,
+    size: Size,
+    given: Inputs,
+    plan: Plan,
+    clock: Clock,
+    only: Sequence[str] | None = None,
+    begin: Callable[[str], None] = lambda what: None,
+) -> list[dict[str, Any]]:
+    """Rows of one op at one size: the product, and its contenders.
+
+    Args:
+        only: `names` of the contenders, or "triton fused" for one of the encoder's designs; None:
+            all of them.
+        begin: as in `measure`.
+    """
     free = free_bytes(size.device)
     rows: list[dict[str, Any]] = []
 
@@ -113,7 +141,7 @@ def one(op: str, size: Size, given: Inputs, plan: Plan, clock: Clock) -> list[di
         need = largest_tensors(kind, size)
         if need > 0.8 * free:
             note = f"{SKIPPED}: needs {need / 2**30:.0f} GB"
-            rows.append({**_row(name, backend, size), "verified": False, "note": note})
+            rows.append({**row_of(name, backend, size), "verified": False, "note": note})
             return True
         return False
 
@@ -123,41 +151,85 @@ def one(op: str, size: Size, given: Inputs, plan: Plan, clock: Clock) -> list[di
     contenders: list[tuple[dict[str, Any], Case, Contender]] = []
 
     def add(name: str, backend: str, of: Case, contender: Contender) -> None:
-        contenders.append((_row(name, backend, size), of, contender))
+        contenders.append((row_of(name, backend, size), of, contender))
 
-    both = size.device == "cpu" and size.dtype == torch.float32
+    both = size.device == "cpu" and size.dtype == torch.float32 and has_onednn_in_fp32()
     every = 4 if op != "topk_encode" and unit_case.flops > 1e10 else 1  # it would take the time
     if not too_big("product", "torch", "product"):
         for library in PRODUCTS if both else PRODUCTS[:1]:
             name = f"torch {library}" if both else "torch"
             run = Contender(name, unit_case.run, unit_case.check, library, every)
             add("product", name, unit_case, run)
-    plain = eager(op, size, given)
-    if plain is not None and not too_big(op, "eager", "eager"):
+    wanted = names(op, size, plan) if only is None else list(only)
+    plain = eager(op, size, given) if EAGER in wanted else None
+    if plain is not None and not too_big(op, EAGER, EAGER):
         # eager low precision keeps rounded scores, and may reduce partial sums in that precision
         rounded = op == "topk_encode" and size.dtype != torch.float32
         check = partial(case.check, roundings=4) if rounded else case.check
         library = PRODUCTS[-1] if both else PRODUCTS[0]
-        add(op, "eager", case, Contender("eager", plain, check, library))
-    for backend in plan.backends or usable(op, size.device, size.dtype):
-        if backend != AUTO and backend not in usable(op, size.device, size.dtype):
-            continue
-        check = _forced(backend, case.check)
+        add(op, EAGER, case, Contender(EAGER, plain, check, library))
+    if plan.gather and op in GATHERING:
+        picked = Case(plain_gather(given), lambda r: "", 0.0, 2.0 * size.gathered)
+        add(GATHER, "torch", picked, Contender(GATHER, picked.run))
+    for backend in (name for name in wanted if name != EAGER):
         rare = 3 if backend == "reference" and case.flops > 1e10 else 1  # takes seconds on a CPU
-        add(op, backend, case, Contender(backend, _forced(backend, case.run), check, every=rare))
+        if " " in backend:
+            call, check = design(backend.split(" ")[1], size, given), case.check
+        else:
+            call, check = _forced(backend, case.run), _forced(backend, case.check)
+        add(op, backend, case, Contender(backend, call, check, every=rare))
     measured = measure(
-        [c for _, _, c in contenders], rounds=plan.rounds, seconds=plan.seconds, clock=clock
-    )
+        [c for _, _, c in contenders], rounds=plan.rounds, seconds=plan.seconds, clock=clock,
+        begin=begin,
+    )  # fmt: skip
     units = [m for (row, _, _), m in zip(contenders, measured) if row["op"] == "product"]
     unit = min((m for m in units if m.times), key=Measurement.median_ms, default=None)
-    for (row, of, _), m in zip(contenders, measured):
+    for (row, of, contender), m in zip(contenders, measured):
         _fill(row, m, of, unit)
+        if contender.name.endswith(" fp8") and not m.failed:
+            row["recall"] = recall(design("chunked", size, given)(0)[1], contender.run(0)[1])
         rows.append(row)
+    gathered = next((r["gbps"] for r in rows if r["op"] == GATHER and "gbps" in r), None)
+    for row in rows:
+        if gathered and row["op"] == op and "gbps" in row:
+            row["of_gather"] = row["gbps"] / gathered
     return rows
 
 
-def sweep(sizes: Sequence[Size], plan: Plan) -> Iterator[dict[str, Any]]:
-    """Rows of every op at every size, as they are measured. A product is told once a size."""
+def plain_gather(given: Inputs) -> Callable[[int], Any]:
+    """torch's gather of the rows that the pairs name."""
+    size, picks = given.size, given.pairs[0][1].flatten()
+    out = torch.empty(len(picks), size.d, dtype=size.dtype, device=size.device)
+    return lambda i: torch.index_select(given.w[0], 0, picks, out=out)
+
+
+def design(name: str, size: Size, given: Inputs) -> Callable[[int], Any]:
+    """The Triton encoder by one of its designs, whichever its table would take."""
+    x, w = given.x[0], given.w[0]
+
+    def call(i: int) -> Any:
+        kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
+        if not kernels.runs(name, x, w, size.k):
+            raise NotImplementedError(f"the design {name!r} does not take this call here")
+        return kernels.topk_encode(x, w, given.b, size.k, True, None, design=name)
+
+    return call
+
+
+def recall(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Share of the exact latents [N, K] that are among those found."""
+    hits = sum(
+        int((a[:, :, None] == b[:, None, :]).any(2).sum())
+        for a, b in zip(exact.split(1024), found.split(1024))
+    )
+    return hits / exact.numel()
+
+
+def sweep(sizes: Sequence[Size], plan: Plan, on_row: Callable[[dict[str, Any]], None]) -> None:
+    """Rows of every op at every size, as they are measured, in this process.
+
+    `fastsae.bench.isolated` does the same in processes of their own. A product is told once a size.
+    """
     clock = plan.clock()
     for size in sizes:
         given, told = Inputs(size), set()
@@ -165,7 +237,7 @@ def sweep(sizes: Sequence[Size], plan: Plan) -> Iterator[dict[str, Any]]:
             for row in one(op, size, given, plan, clock):
                 key = row["backend"] if row["op"] == "product" else ""
                 if key not in told:
-                    yield row
+                    on_row(row)
                     told |= {key} - {""}
         del given
         if torch.device(plan.device).type == "cuda":

@@ -134,7 +134,11 @@ Clock = WallClock | EventClock
 
 
 def verify(contender: Contender, peaks: Clock | None = None) -> Measurement:
-    """One untimed run and its check; with a clock, the memory that the run took as well."""
+    """One untimed run and its check; with a clock, the memory that the run took as well.
+
+    Whatever it raises is its own failure: an assertion, a kernel that does not compile, a lost
+    device.
+    """
     m = Measurement(contender.name)
     try:
         with product_library(contender.library):
@@ -146,10 +150,23 @@ def verify(contender: Contender, peaks: Clock | None = None) -> Measurement:
             m.note = contender.check(result)
     except WrongError as error:
         m.failed = f"{WRONG}, not timed: {error}"
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-        text = str(error).strip() or "no message"
-        m.failed = f"{type(error).__name__}: {text.splitlines()[0][:120]}"
+    except Exception as error:
+        m.failed = _told(error)
     return m
+
+
+def _told(error: Exception) -> str:
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:120]}"
+
+
+def _attempt(m: Measurement, call: Callable[[], Any]) -> Any:
+    """The call's result; None when it raised, which ends this contender alone."""
+    try:
+        return call()
+    except Exception as error:
+        m.failed, m.times = _told(error), {}
+        return None
 
 
 def _cpu_seconds() -> tuple[float, float]:
@@ -171,6 +188,7 @@ def measure(
     seconds: float,
     warmup: int = 1,
     clock: Clock | None = None,
+    begin: Callable[[str], None] = lambda what: None,
 ) -> list[Measurement]:
     """Verifies every contender, then times the right ones in interleaved rounds.
 
@@ -178,33 +196,44 @@ def measure(
     A round is disturbed when other processes took more than 5% of the CPUs during it: those
     rounds are dropped, as long as five remain, otherwise the calmest half is kept. The share that
     others took in the rounds kept is in every row. Given a clock, it also measures each contender's
-    memory.
+    memory. A contender that raises is left out from then on. `begin` hears a contender's name
+    before it is verified, and "time" before the rounds.
     """
     peaks, clock = clock, clock or WallClock()
-    results = [verify(c, peaks) for c in contenders]
-    live = [(c, m) for c, m in zip(contenders, results) if not m.failed]
-    for contender, _ in live:
-        for i in range(warmup if contender.every == 1 else 0):
-            with product_library(contender.library):
-                contender.run(i)
+    results = []
+    for c in contenders:
+        begin(c.name)
+        results.append(verify(c, peaks))
+    begin("time")
+    for contender, m in zip(contenders, results):
+        if m.failed or contender.every > 1:
+            continue
+        with product_library(contender.library):
+            for i in range(warmup):
+                _attempt(m, partial(contender.run, i))
     others: dict[int, float] = {}  # round -> share of the CPUs that other processes took
     turn = itertools.count(1)  # of the rotated inputs
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for r in range(4 * rounds):
-        elapsed = time.perf_counter() - begin
+        elapsed = time.perf_counter() - start
         calm = sum(share <= CALM for share in others.values())
         if calm >= rounds or (r >= 3 and elapsed > seconds):
             break
         round_begin, (busy, own) = time.perf_counter(), clock.used()
-        for contender, m in live:
-            if r % contender.every:
+        for contender, m in zip(contenders, results):
+            if m.failed or r % contender.every:
                 continue
             with product_library(contender.library):
-                m.times[r] = clock.seconds(partial(contender.run, next(turn)))
+                call = partial(contender.run, next(turn))
+                took = _attempt(m, lambda call=call: clock.seconds(call))  # type: ignore[misc]
+                if took is not None:
+                    m.times[r] = took
         busy_after, own_after = clock.used()
         wall = (time.perf_counter() - round_begin) * (os.cpu_count() or 1)
         others[r] = max(0.0, (busy_after - busy) - (own_after - own)) / wall
-    for _, m in live:
+    for m in results:
+        if not m.times:
+            continue
         ran = sorted(m.times, key=lambda r: others[r])
         calm = sum(others[r] <= CALM for r in ran)
         kept = ran[: calm if calm >= 5 else max(calm, 3, len(ran) // 2)]

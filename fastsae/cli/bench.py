@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,21 @@ def bench(
     ),
     quick: bool = typer.Option(False, help="A small shape and few rounds."),
     threads: int | None = typer.Option(None, min=1, help="CPU threads. [default: torch's]"),
+    in_process: bool = typer.Option(
+        False, help="Measure in this process, under a debugger or sanitizer."
+    ),
 ) -> None:
     """Verify every operator against fp64, then time it beside the bare product x @ W_enc.T.
 
-    GB/s counts the floor's bytes, TFLOP/s the floor's operations. Exit code 1 when a result is
-    wrong; it is then not timed.
+    GB/s counts the floor's bytes, TFLOP/s the floor's operations. What crashes or hangs costs its
+    own row: on a GPU every op, backend and design is a process, on a CPU all are one, and another
+    goes on without what ended it. Exit code 1 when a result is wrong, which is then not timed, or
+    something failed.
     """
     import torch
 
     from .. import _dispatch
-    from ..bench import run
+    from ..bench import isolated, run
     from ..bench.cases import CASES, Size
     from ..bench.machine import header
 
@@ -78,10 +83,20 @@ def bench(
     typer.echo(header(device))
     width = max(len(str(size)) for size in sizes)
     typer.echo(run.aligned(run.COLUMNS, width))
-    rows = []
-    for row in run.sweep(sizes, plan):
+    rows: list[dict[str, Any]] = []
+
+    def sweep(sizes: list[Size], plan: run.Plan, on_row: Callable[[dict[str, Any]], None]) -> None:
+        if in_process:
+            run.sweep(sizes, plan, on_row)
+        else:
+            jobs = [isolated.Job(size, op) for size in sizes for op in plan.ops]
+            isolated.measured(jobs, plan, on_row)
+
+    def tell(row: dict[str, Any]) -> None:
         rows.append(row)
         typer.echo(run.aligned(run.cells(row), width))
+
+    sweep(sizes, plan, tell)
     limits = run.ceilings(device, sizes[0].dtype, quick)
     typer.echo(
         f"ceilings in this run ({str(sizes[0].dtype).removeprefix('torch.')}): product "
@@ -92,10 +107,9 @@ def bench(
         from ..bench import plots
 
         ladders = plots.ladders(sizes[0], quick)
-        scaling = {
-            axis: list(_progress(run.sweep(ladder, plots.plan_of(plan))))
-            for axis, ladder in ladders.items()
-        }
+        scaling: dict[str, list[dict[str, Any]]] = {axis: [] for axis in ladders}
+        for axis, ladder in ladders.items():
+            sweep(ladder, plots.plan_of(plan), _progress(scaling[axis]))
         for path in plots.write(plot, rows, scaling, limits, header(device)):
             typer.echo(f"wrote {path}")
         rows += [row for ladder in scaling.values() for row in ladder]
@@ -108,16 +122,16 @@ def bench(
         raise typer.Exit(1)
 
 
-def _progress(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows, told on stderr as they come where that is a terminal."""
-    shown = sys.stderr.isatty()
-    for count, row in enumerate(rows):
-        if shown:
+def _progress(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """Collects the rows, told on stderr as they come where that is a terminal."""
+
+    def on_row(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if sys.stderr.isatty():
             where = f"{row['op']} {row['backend']} {row['N']}x{row['D']}x{row['F']}"
-            typer.echo(f"\r{count + 1} rows, {where}\x1b[K", err=True, nl=False)
-        yield row
-    if shown:
-        typer.echo("\r\x1b[K", err=True, nl=False)
+            typer.echo(f"\r{len(rows)} rows, {where}\x1b[K", err=True, nl=False)
+
+    return on_row
 
 
 def _device(name: str) -> bool:
