@@ -48,6 +48,9 @@ class TopKSAE(nn.Module):
     Initially W_dec has random unit rows, W_enc is the same scaled down, biases are zero;
     `initialize_from_data` starts much closer.
 
+    A token's code and reconstruction do not depend on the other tokens of the call nor on the
+    number of threads, to the bit.
+
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
 

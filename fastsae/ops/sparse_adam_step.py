@@ -61,8 +61,8 @@ def sparse_adam_step(
         master: [F, D] fp32, updated in place: the weights of a bf16 or fp16 param, which only
             receives their rounded copy. Without it small updates of such a param round away.
 
-    Equal to `torch.optim.Adam` to rounding; repeatable bit for bit. One pass over param and
-    moments. The update itself uses the new moments before they are rounded.
+    Equal to `torch.optim.Adam` to rounding; repeatable bit for bit, with any number of threads. One
+    pass over param and moments. The update itself uses the new moments before they are rounded.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes, layout or hyperparameters do not fit.

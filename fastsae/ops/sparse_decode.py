@@ -30,7 +30,8 @@ def sparse_decode(
 
     Returns:
         [..., D] in the dtype of W_dec. Sums run in fp32 (fp64 for fp64) in a fixed order and are
-        rounded once; runs are repeatable bit for bit.
+        rounded once; runs are repeatable bit for bit, and a token's output does not depend on the
+        other tokens of the call nor on the number of threads.
 
     Gradients reach values, W_dec and b_dec. Inside autocast, values are cast to the dtype of W_dec.
     Under `torch.vmap` a batch of pairs is one call; torch.func's gradient transforms are refused.

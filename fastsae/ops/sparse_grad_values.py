@@ -25,7 +25,8 @@ def sparse_grad_values(
         W_dec: [F, D] fp32, bf16, fp16 (fp64 on the CPU).
 
     Returns:
-        [..., K] in the dtype of W_dec; sums in fp32 (fp64 for fp64), rounded once, repeatable.
+        [..., K] in the dtype of W_dec; sums in fp32 (fp64 for fp64), rounded once, repeatable. A
+        token's values do not depend on the other tokens of the call nor on the number of threads.
 
     It has no derivative. It is also "pre-activations of given latents": with W_enc for W_dec it
     evaluates K chosen latents of every token.

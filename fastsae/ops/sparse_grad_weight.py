@@ -40,7 +40,8 @@ def sparse_grad_weight(
         those that occur in indices, and grads [M, D] (M depends on the data, so a GPU must sync).
 
         In the dtype of rows; sums in fp32 (fp64 for fp64) over segments in the order of n, rounded
-        once. No atomics: runs are repeatable bit for bit. It has no derivative.
+        once. No atomics: runs are repeatable bit for bit, with any number of threads. It has no
+        derivative.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or layout do not fit.

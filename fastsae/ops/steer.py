@@ -74,7 +74,8 @@ def steer(
 
     Returns:
         The shape and dtype of x. Sums in fp32 (fp64 for fp64), rounded once; a token whose deltas
-        are all zero is bit-exactly x; repeatable.
+        are all zero is bit-exactly x; repeatable. A token's output does not depend on the other
+        tokens and sequences of the call nor on the number of threads.
 
     Gradients reach x, enc, dec and param (a vector or a strength can be trained).
 

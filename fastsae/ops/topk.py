@@ -26,7 +26,7 @@ def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         values [..., k] in the dtype of x and indices [..., k] int32, descending, ties by lowest
         index on every backend (`torch.topk` leaves ties open and does not repeat between devices).
         NaN ranks above +inf, as in `torch.topk`; every NaN ties with every other, and -0 with +0.
-        Exact; runs are repeatable bit for bit.
+        Exact; runs are repeatable bit for bit, and a row does not depend on the others.
 
     The gradient of x is [..., M] and dense by definition: zero but at the chosen places. Under
     `torch.vmap` a batch is one call; torch.func's gradient transforms are refused.

@@ -60,7 +60,9 @@ def topk_encode(
         Sums run in fp32 (fp64 for fp64), the selection is exact in that precision, and values are
         rounded once. Order is canonical on every backend: by rank descending, ties by lowest index
         (by position in `latents` when given). NaN ranks above +inf, as in `torch.topk`; a row with
-        NaN or inf still gets k distinct in-range indices. Runs are repeatable bit for bit.
+        NaN or inf still gets k distinct in-range indices. Runs are repeatable bit for bit, and a
+        token's values and indices do not depend on the other tokens of the call nor on the number
+        of threads.
 
     Gradients reach x, W_enc and b_enc through the selected latents only. Inside autocast, x is cast
     to the dtype of W_enc. Under `torch.vmap` a batch of x is one call; torch.func's gradient

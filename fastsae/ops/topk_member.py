@@ -57,7 +57,9 @@ def topk_member(
 
     Returns:
         [..., J] bool. Exact up to the rounding of fp32 scores (fp64 for fp64): where two scores are
-        closer than that, `topk_encode` may choose the other. No gradient.
+        closer than that, `topk_encode` of another backend may choose the other; of the same
+        backend and device it chooses as this op says. A token's members do not depend on the other
+        tokens of the call nor on the number of threads. No gradient.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit.
