@@ -42,7 +42,7 @@ CUDA_ARCHS = ("80", "90a", "90+PTX", "100a", "100+PTX")
 TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest that the library loads under
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
-    "-ffp-contract=off",  # a fused multiply-add only where the source has one: the same on all paths
+    "-ffp-contract=off",  # multiply-adds are fused where the source says so: alike on all paths
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false alarms in g++ 12 intrinsics
     "-Wno-unknown-warning-option",  # clang has not the second
     f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",

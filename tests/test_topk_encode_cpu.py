@@ -205,7 +205,7 @@ def test_mixed_scales_beside_each_other(level):
 
 
 def test_filter_equals_exhaustive_rescoring(bf16_level):
-    """The filter's answer is bit for bit the top-k of the fp32 scores of all pairs (path `stream`)."""
+    """The filter gives bit for bit the top-k of the fp32 scores of all pairs (path `stream`)."""
     for seed, (n, d, f, k) in enumerate([(100, 96, 5000, 32), (140, 257, 3000, 5),
                                          (64, 64, 9000, 64), (90, 500, 2048, 100)]):  # fmt: skip
         x, W, b = problem(n, d, f, seed=seed)
