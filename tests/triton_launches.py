@@ -138,6 +138,8 @@ def compiled() -> frozenset[str]:
     package = importlib.import_module("fastsae.triton_kernels")
     found = {key_of(launch) for launch in listed()}
     for path in Path(package.__file__).parent.glob("*.py"):
+        if path.stem == "__init__":
+            continue
         module = importlib.import_module(f"fastsae.triton_kernels.{path.stem}")
         if hasattr(module, "configurations"):
             found |= {key_of(_launch_of(c)) for c in module.configurations()}
