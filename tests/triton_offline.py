@@ -226,7 +226,8 @@ def rows(names: list[str], targets: list[str], small: bool = False) -> list[dict
                     compiled = _compile(configuration, target)
                     row["shared"] = compiled.metadata.shared
                     row["changing"] = triton_branches.changing(compiled.asm["ttir"])
-                    row |= _amd(compiled) if target[:3] == "gfx" else _nvidia(compiled, target)
+                    if not small:
+                        row |= _amd(compiled) if target[:3] == "gfx" else _nvidia(compiled, target)
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"
                 row["seconds"] = round(time.perf_counter() - begin, 2)
@@ -245,22 +246,24 @@ def _wrong(r: dict[str, Any]) -> list[str]:
     if "error" in r:
         return [r["error"]]
     found = []
-    if r["spill_bytes"]:
-        found.append(f"{r['spill_bytes']} bytes spilled, {r['registers']} registers")
     if r["shared"] > SHARED_LIMIT[r["target"]]:
         found.append(f"{r['shared']} bytes of shared memory")
+    if r["changing"]:
+        found.append(f"branches on what other programs write: {r['changing']}")
+    if r["small"]:
+        return found
+    if r["spill_bytes"]:
+        found.append(f"{r['spill_bytes']} bytes spilled, {r['registers']} registers")
     kind = (FP8_MMA if "fp8" in r["kernel"] else _MMA).get(r["target"], "")
     if r["expects_tensor_cores"] and not any(name.startswith(kind) for name in r["tensor"]):
         found.append(f"tensor-core instructions are {r['tensor']}")
     if r["expects_tma"] and not r["tma"]:
         found.append("no TMA loads")
-    if r["changing"]:
-        found.append(f"branches on what other programs write: {r['changing']}")
     if r["kernel"] == "_fp8_product_kernel" and r["adds"] < 128 * 128 // 256:
         found.append("the sum over D is left to the tensor cores")
     if r["kernel"] == "_reselect_kernel" and r.get("unordered"):
         found.append(f"stores that other warps' loads may see: {r['unordered']}")
-    return found if r["small"] else found + _slow(r)
+    return found + _slow(r)
 
 
 def _slow(r: dict[str, Any]) -> list[str]:

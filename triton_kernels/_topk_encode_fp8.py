@@ -179,7 +179,7 @@ class LikelyKeys(BoundedKeys):
 
 def unavailable(device: torch.device) -> str | None:
     """Why a device cannot run this filter."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return None  # the interpreter
     if torch.version.hip is not None:
         return "AMD GPUs have another fp8 format"

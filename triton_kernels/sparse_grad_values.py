@@ -25,8 +25,9 @@ def _sparse_grad_values_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(K, BLOCK_K)
+    n = tl.program_id(0).to(tl.int64) // blocks
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     latent = tl.load(indices_ptr + n * K + k, mask=k < K, other=-1)  # [BLOCK_K]
     present = (latent >= 0) & (latent < F)
     row = W_ptr + latent.to(tl.int64)[:, None] * D  # [BLOCK_K, 1]
@@ -51,7 +52,7 @@ def sparse_grad_values(
     if out.numel() == 0:
         return out
     with on_device(out):
-        _sparse_grad_values_kernel[(n, triton.cdiv(k, _BLOCK_K))](
+        _sparse_grad_values_kernel[(n * triton.cdiv(k, _BLOCK_K),)](
             grad_out, indices, W_dec, out, k, f, d,
             BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=_WARPS,
         )  # fmt: skip

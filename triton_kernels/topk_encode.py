@@ -279,8 +279,8 @@ def _selected_values_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.program_id(1).to(tl.int64)  # of a pass, which are few
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     latent = tl.load(indices_ptr + row * K + k, mask=k < K, other=0).to(tl.int64)
     acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -305,7 +305,7 @@ def _selected_values(
     relu: bool,
 ) -> None:
     (rows, k), d = indices.shape, x.shape[1]
-    _selected_values_kernel[(rows, triton.cdiv(k, 8))](
+    _selected_values_kernel[(triton.cdiv(k, 8), rows)](
         x, W_enc, b_enc, indices, values, k, d, RELU=relu, BLOCK_K=8, BLOCK_D=512
     )
 
