@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,13 @@ def test_positions_from_whatever_the_model_is_given():
             pytest.raises(RuntimeError, match="called by itself"),
         ):
             model.model(ids)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "past_key_value"])
+def test_the_cache_is_found_by_the_name_of_any_transformers(name):
+    held = SimpleNamespace(get_seq_length=lambda: 7)
+    assert positions.past_length({"hidden_states": None, name: held}) == 7
+    assert positions.past_length({name: None}) == 0
 
 
 @torch.no_grad()

@@ -180,6 +180,7 @@ def test_fvu():
 
 
 def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
     sae = TopKSAE(D, F, K, seed=0)
     Trainer(sae, TrainConfig(3, log_every=2)).fit(shuffled(data(), 100), progress=True)
     assert "3/3" in capsys.readouterr().err

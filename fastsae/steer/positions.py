@@ -64,7 +64,8 @@ def at(positions: Iterable[int], exclude: Iterable[str] = ()) -> Positions:
 
 def past_length(kwargs: dict[str, Any]) -> Any:
     """How many tokens the KV cache holds before this pass: an int, or a tensor (static caches)."""
-    cache = kwargs.get("past_key_values")
+    names = ("cache", "past_key_values", "past_key_value")  # transformers 5.24, 4.56, older
+    cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
     return 0 if cache is None else cache.get_seq_length()
 
 
