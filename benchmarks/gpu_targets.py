@@ -1,5 +1,6 @@
 """The targets on a GPU, a piece at a time: what gpu_suite.sh runs. Unverified on a GPU.
 
+    python benchmarks/gpu_targets.py bench --out FILE       every op, every kernel
     python benchmarks/gpu_targets.py encode --out FILE      encode at the two target shapes
     python benchmarks/gpu_targets.py grid --out FILE        encode against product + torch.topk
     python benchmarks/gpu_targets.py gather --out FILE      decode and backward against a gather
@@ -8,8 +9,9 @@
     python benchmarks/gpu_targets.py hopper --out FILE      encode by the design "hopper", sm_90
     python benchmarks/gpu_targets.py report --state DIR     all of it, beside the targets
 
-A piece writes its rows as they come and leaves out what its file already has; what failed is tried
-again. With --device cpu --quick every piece runs at toy sizes without a GPU.
+A piece writes its rows as they come, each from a process of its own beside what it is compared
+with, and leaves out what its file already has; what failed is tried again. With --device cpu
+--quick every piece runs at toy sizes without a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from bench_training_step import own_step, peer_check
 import fastsae
 from fastsae import _isolated
 from fastsae.bench import run
-from fastsae.bench.cases import Inputs, Size
+from fastsae.bench.cases import CASES, Inputs, Size
 from fastsae.bench.isolated import Job, measured
 from fastsae.bench.timing import Contender, Measurement, measure
 
@@ -104,11 +106,13 @@ class Piece:
 
     def measure(self, size: Size, op: str, names: Sequence[str], *, together: bool = False) -> None:
         """What of an op's contenders is not there yet, each in a process of its own or together."""
-        left = tuple(n for n in names if not self.has(size, op, n))
-        if not left:
-            return
-        jobs = [Job(size, op, left if together else (n,), alone=True)
-                for n in (left[:1] if together else left)]  # fmt: skip
+        left = [n for n in names if not self.has(size, op, n)]
+        if together and left:  # compared with one another: all of them in one run
+            again = [_place(run.row_of(op, n, size)) for n in names]
+            self.found["rows"] = [r for r in self.found["rows"] if _place(r) not in again]
+            jobs = [Job(size, op, tuple(names), alone=True)]
+        else:
+            jobs = [Job(size, op, (n,), alone=True) for n in left]
 
         def on_row(row: dict[str, Any]) -> None:
             if row["op"] == op or not self.has(size, row["op"], row["backend"]):
@@ -158,6 +162,19 @@ def ceilings(piece: Piece) -> None:
         piece.found["ceilings"] = run.ceilings(piece.device, piece.dtype, piece.quick)
 
 
+def bench(piece: Piece) -> None:
+    """Every op on every kernel, at the narrow target shape."""
+    ceilings(piece)
+    size = piece.size(*NARROW)
+    for op in CASES:
+        piece.measure(size, op, _kernels(op, size, piece))
+
+
+def _kernels(op: str, size: Size, piece: Piece) -> list[str]:
+    """Without the reference, which at these sizes takes the time of all others."""
+    return [n for n in run.names(op, size, piece.plan) if n != "reference"]
+
+
 BOUNDED, FUSED = ("triton bounded",), ("triton fused", "triton fp8")  # fp32, and 16 bits
 
 
@@ -167,7 +184,7 @@ def encode(piece: Piece) -> None:
     ceilings(piece)
     for shape in (BIG, NARROW):
         size = piece.size(*shape)
-        names = run.names("topk_encode", size, piece.plan)
+        names = _kernels("topk_encode", size, piece)
         if "triton" in names:
             wide = size.dtype == torch.float32
             names += ["triton chunked", *(BOUNDED if wide else FUSED)]
@@ -192,7 +209,7 @@ def gather(piece: Piece) -> None:
     ceilings(piece)
     size = piece.size(*BIG)
     for op in GATHERING:
-        piece.measure(size, op, [n for n in run.names(op, size, piece.plan) if n != "reference"])
+        piece.measure(size, op, _kernels(op, size, piece))
 
 
 def _tokens(size: Size) -> list[torch.Tensor]:
@@ -387,7 +404,7 @@ def reached(pieces: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def report(args: argparse.Namespace) -> None:
-    names = ("bench", *PIECES)
+    names = tuple(PIECES)
     files = {name: args.state / f"{name}.json" for name in names}
     pieces = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
     if not pieces:
@@ -421,7 +438,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
-PIECES = {f.__name__: f for f in (encode, grid, gather, step, largest, hopper)}
+PIECES = {f.__name__: f for f in (bench, encode, grid, gather, step, largest, hopper)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

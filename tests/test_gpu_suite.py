@@ -9,10 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastsae import _dispatch
 
 ROOT = Path(__file__).parent.parent
 SUITE = ROOT / "benchmarks/gpu_suite.sh"
@@ -21,29 +24,36 @@ pytestmark = pytest.mark.skipif(
     reason="needs a checkout, bash and timeout",
 )
 
-# stands for the interpreter: notes its arguments, fails where told to
+# stands for the interpreter and for compute-sanitizer: notes its arguments, fails where told to
 FAKE = """#!/bin/sh
-echo "$@" >> "$CALLS"
+echo "$(basename "$0") $@" >> "$CALLS"
+case "$*" in *"${HANG:-nothing}"*)
+  setsid sleep 300 &
+  echo $! > "$CALLS.worker"
+  sleep 300 ;;
+esac
 case "$*" in *"${FAIL:-nothing}"*) exit 7 ;; esac
 """
+EVERY = ["hopper", "bench", "encode", "grid", "gather", "step", "largest", "report"]
 
 
 @pytest.fixture
 def suite(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text(FAKE)
-    fake.chmod(0o755)
+    for name in ("python", "compute-sanitizer"):
+        (tmp_path / name).write_text(FAKE)
+        (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
 
-    def run(*arguments: str, **environment: str):
+    def run(*arguments: str, script: Path = SUITE, **environment: str):
         calls.write_text("")
         env = {
-            **os.environ, "PYTHON": str(fake), "CALLS": str(calls), "DEVICE_CHECK": "true",
-            "STATE": str(tmp_path / "state"), **environment,
+            **os.environ, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls),
+            "DEVICE_CHECK": "true", "STATE": str(tmp_path / "state"), "BUDGET": "100000",
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment,
         }  # fmt: skip
         env.pop("GPU_SUITE_STAGE", None)
         done = subprocess.run(
-            ["bash", str(SUITE), *arguments], capture_output=True, text=True, env=env, check=False
+            ["bash", str(script), *arguments], capture_output=True, text=True, env=env, check=False
         )
         pieces = re.findall(r"gpu_targets\.py (\w+)", calls.read_text())
         return done, pieces, calls.read_text()
@@ -51,12 +61,32 @@ def suite(tmp_path):
     return run
 
 
-def test_the_script_parses_and_fits_ten_minutes(suite):
-    subprocess.run(["bash", "-n", str(SUITE)], check=True)
+def limits(suite):
     done, _, calls = suite("--dry-run")
     assert done.returncode == 0 and not calls
-    limits = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(limits) == 12 and sum(limits) <= 600
+    return {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+
+
+def test_the_script_parses_and_fits_two_runs_of_ten_minutes(suite):
+    subprocess.run(["bash", "-n", str(SUITE)], check=True)
+    found = limits(suite)
+    assert list(found)[:4] == ["build", "warm", "verify", "sanitizer"] and len(found) == 14
+    runs, budget = [0], 580
+    for limit in found.values():  # as the script packs them when every stage takes its limit
+        if runs[-1] + limit > budget:
+            runs.append(0)
+        runs[-1] += limit
+    assert len(runs) == 2 and max(runs) <= budget
+
+
+def test_what_it_names_exists():
+    text = SUITE.read_text()
+    listed = {
+        name: re.search(rf'^{name}="([^"]*)"', text, re.M)[1].split() for name in ("ops", "tests")
+    }
+    assert sorted(listed["ops"]) == sorted(_dispatch.OPS)
+    for name in listed["tests"]:
+        assert (ROOT / f"tests/{name}.py").is_file(), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -72,10 +102,13 @@ def test_an_unknown_option_is_refused(suite):
 
 
 def test_it_resumes_where_it_stopped(suite):
-    every = ["encode", "grid", "gather", "step", "largest", "hopper", "report"]
     done, pieces, calls = suite(FAIL="gpu_targets.py grid")
-    assert done.returncode == 1 and pieces == every  # the others still ran
+    assert done.returncode == 1 and pieces == EVERY  # the others still ran
     assert "setup.py build_ext --inplace" in calls and "-m pytest" in calls
+    assert calls.index("verify --device cuda --json") < calls.index("compute-sanitizer")
+    assert calls.index("compute-sanitizer") < calls.index("gpu_targets.py hopper")
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert calls.count(f"compute-sanitizer --tool {tool}") == len(_dispatch.OPS)
     assert "grid: failed with status 7" in done.stderr
     listed = suite("--dry-run")[0].stdout.splitlines()
     assert [line.split()[0] for line in listed if "done" not in line] == ["grid"]
@@ -85,7 +118,58 @@ def test_it_resumes_where_it_stopped(suite):
     assert "setup.py" not in calls and "encode: done before" in done.stdout
 
     done, pieces, _ = suite("--fresh")
-    assert done.returncode == 0 and pieces == every
+    assert done.returncode == 0 and pieces == EVERY
+
+
+def test_parts_of_a_stage_resume_too(suite):
+    done, _, calls = suite(FAIL="--tool racecheck --error-exitcode 1")
+    assert done.returncode == 1 and "sanitizer: failed with status" in done.stderr
+    assert "== failed with status 7: compute-sanitizer --tool racecheck" in done.stdout
+    done, _, calls = suite()
+    assert done.returncode == 0 and "memcheck" not in calls and calls.count("racecheck") == 9
+
+    done, _, calls = suite("--fresh", FAIL="tests/test_steer.py")
+    assert done.returncode == 1 and "tests: failed" in done.stderr
+    done, _, calls = suite()
+    assert re.findall(r"tests/(\w+)\.py", calls) == ["test_steer"]
+
+
+def test_what_failed_to_warm_is_told_by_verify(suite):
+    done, pieces, _ = suite(FAIL="fastsae verify")
+    assert done.returncode == 2 and pieces == EVERY  # verify itself, and the sanitizer's none
+    assert "verify: failed with status 7" in done.stderr
+
+
+def test_stages_that_do_not_fit_wait_for_the_next_run(suite):
+    # nothing takes any time here: what counts is whether a limit fits in all
+    done, pieces, _ = suite(BUDGET="110")
+    assert done.returncode == 64 and not pieces
+    assert "for the next run: verify" in done.stdout
+    assert "== build" in done.stdout and "== warm" in done.stdout
+    done, pieces, _ = suite()
+    assert done.returncode == 0 and pieces == EVERY
+
+
+def test_a_stage_over_its_limit_ends_with_all_that_it_started(suite, tmp_path):
+    """Also with a worker in a session of its own, which holds the device."""
+    quick = tmp_path / "benchmarks" / "gpu_suite.sh"
+    quick.parent.mkdir()
+    text = SUITE.read_text()
+    assert "gather:" in text
+    quick.write_text(re.sub(r"gather:\d+", "gather:2", text))
+    quick.chmod(0o755)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    done, pieces, _ = suite(script=quick, HANG="gpu_targets.py gather")
+    assert done.returncode == 1 and pieces == EVERY
+    assert "gather: failed with status 124" in done.stderr
+    worker = int((tmp_path / "calls.worker").read_text())
+    for _ in range(50):
+        stat = Path(f"/proc/{worker}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a worker is left")
 
 
 def test_the_report_holds_every_target_and_leaves_unmeasured_cells_empty(tmp_path):
