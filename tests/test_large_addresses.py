@@ -46,12 +46,11 @@ def test_rows_of_the_weights(device):
 
 
 def test_rows_of_the_tokens_and_of_candidates():
-    """Pieces of Triton's sparse_grad_weight, topk_encode and topk_member, on hand-made input."""
+    """Pieces of Triton's sparse_grad_weight and topk_encode, on hand-made input."""
     pytest.importorskip("triton")
     from fastsae.triton_kernels import _group_by_latent, sparse_grad_weight, topk_encode
     from fastsae.triton_kernels import _topk_encode_bounds as bounds
     from fastsae.triton_kernels import _topk_encode_keys as keys_module
-    from fastsae.triton_kernels import topk_member as member
 
     device = device_of("triton")
     if _dispatch._missing("sparse_decode", "triton", device, torch.float16) is not None:
@@ -77,12 +76,4 @@ def test_rows_of_the_tokens_and_of_candidates():
     )
     score, index = one.new_empty(1, 1), token.new_empty(1, 1)
     keys_module.decode_keys(key, score, index, True)
-    assert (score.item(), index.item()) == (3.0, LAST)
-
-    scores, counts = token.new_empty(1, 1, dtype=torch.int64), token.new_empty(1, 1)
-    member._topk_member_keys_kernel[(1, 1)](
-        x, rows, None, None, token[None], scores, counts, 1, 1, D, ROWS, 1,
-        POSITIVE=True, BLOCK=member._LATENTS, BLOCK_D=member._BLOCK_D,
-    )  # fmt: skip
-    keys_module.decode_keys(scores, score, index, True)
     assert (score.item(), index.item()) == (3.0, LAST)
