@@ -172,6 +172,7 @@ def install() -> None:
     from triton.runtime import interpreter
 
     run = interpreter.InterpretedFunction.run
+    compiled()  # now: a test that patches a module's tiles would be asked for its declarations
 
     def checked(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if not warmup:
