@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 _BLOCK = 128  # tokens a product
-_BLOCK_SCORES = 1 << 24  # scores held at once, where F is so large that a block would hold more
+_SCORES = 1 << 24  # held at once: 64 MB in fp32
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +32,8 @@ def check_range(op: str, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
 def score_blocks(
     x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """x @ W_enc.T + b_enc for some tokens at a time: their slice and scores [tokens, F].
+    """x @ W_enc.T + b_enc for some tokens at a time: their slice and scores [tokens, F], which the
+    next ones overwrite.
 
     Every product has one shape, whatever N is: a BLAS chooses its kernel, and with it the order of
     a sum, by the number of rows, and a token's scores must not depend on how many others came with
@@ -40,16 +41,21 @@ def score_blocks(
     """
     f, d = W_enc.shape
     acc = acc_dtype(x.dtype)
-    size = max(16, min(_BLOCK, _BLOCK_SCORES // f))
+    size = max(16, min(_BLOCK, _SCORES // f))
     weight = W_enc.to(acc).T
     block = torch.zeros(size, d, dtype=acc, device=x.device)
-    for begin in range(0, x.shape[0], size):
-        rows = x[begin : begin + size]
-        block[: len(rows)] = rows
-        scores = (block @ weight)[: len(rows)]
+    blocks = max(1, min(_SCORES // (size * f), -(-x.shape[0] // size)))
+    slab = torch.empty(blocks * size, f, dtype=acc, device=x.device)
+    for begin in range(0, x.shape[0], blocks * size):
+        some = x[begin : begin + blocks * size]
+        for i in range(0, len(some), size):
+            rows = some[i : i + size]
+            block[: len(rows)] = rows
+            torch.mm(block, weight, out=slab[i : i + size])
+        scores = slab[: len(some)]
         if b_enc is not None:
             scores += b_enc.to(acc)
-        yield slice(begin, begin + len(rows)), scores
+        yield slice(begin, begin + len(some)), scores
 
 
 def best(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from . import moments
 from ._common import acc_dtype
 from .sparse_grad_weight import sparse_grad_weight, sparse_grad_weight_rows
 
-_ELEMENTS = 1 << 18  # updated at a time: what is computed on the way stays in the cache
+_ELEMENTS = 1 << 21  # updated at a time: few enough for a cache, many enough for threads
 
 
 def sparse_adam_step(
@@ -57,19 +57,22 @@ def sparse_adam_step(
         m, v = moments.load(
             moments.Moments(*(None if t is None else t[at] for t in stored))  # type: ignore[arg-type]
         )
-        grad = grad + weight_decay * p
+        if weight_decay:
+            grad.add_(weight_decay * p)
         if unit_norm:
             square = (p * p).sum(1, keepdim=True)
             along = (grad * p).sum(1, keepdim=True) / square
-            grad = grad - torch.where(square > 0, along, torch.zeros_like(along)) * p
-        m = torch.lerp(m, grad, 1 - beta1)
-        v = v * beta2 + (1 - beta2) * grad * grad
-        p = p - step_size * m / (v.sqrt() * correction + eps)
+            grad.sub_(along.where(square > 0, 0) * p)
+        # in place: where p, m and v are parts of what is stored, that is written here
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        p.sub_((step_size * m).div_(v.sqrt().mul_(correction).add_(eps)))
         if unit_norm:
             norm = p.norm(dim=1, keepdim=True)
-            p = torch.where(norm > 0, p / norm, p)
+            p.div_(norm.where(norm > 0, 1))
         new = moments.store(m, v, moments.format_of(exp_avg), schedule[2], index)
         for target, source in zip((param, *stored, master), (p, *new, p), strict=True):
             if target is not None:
                 assert source is not None
-                target[at] = source.to(target.dtype)
+                if lazy or target[part].data_ptr() != source.data_ptr():
+                    target[at] = source.to(target.dtype)
