@@ -43,7 +43,7 @@ def version(*command: str) -> str:
 
 
 def kept(path: str, make: Callable[[Path], None]) -> Path:
-    """The artefact of this name; made when it is not there, by one process while the others wait."""
+    """The artefact of this name; made by one process while the others wait."""
     artefact = folder() / path
     artefact.parent.mkdir(parents=True, exist_ok=True)
     with artefact.with_suffix(".lock").open("w") as lock:
