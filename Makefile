@@ -31,7 +31,7 @@ test: $(VENV)/.built $(VENV)/.test ## the tests of all that can fail on this mac
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.built $(VENV)/.test ## what `make test` leaves out: GPU compilers, other CPU levels
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(ARGS)
 	$(BIN)/python tools/cpu_levels.py $(ARGS)
 
 test-levels: $(VENV)/.built $(VENV)/.test ## the C++ kernels at the CPU's lower levels

@@ -6,9 +6,11 @@ next clone has them too. What no run has asked for in 30 days goes.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,20 +43,24 @@ def version(*command: str) -> str:
 
 
 def kept(path: str, make: Callable[[Path], None]) -> Path:
-    """The artefact of this name; made when it is not there. Several processes may ask at once."""
+    """The artefact of this name; made by one process while the others wait."""
     artefact = folder() / path
-    if artefact.exists():
-        os.utime(artefact)  # the last time that it was asked for
-        return artefact
     artefact.parent.mkdir(parents=True, exist_ok=True)
-    for old in artefact.parent.iterdir():
+    with artefact.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends
+        if artefact.exists():
+            os.utime(artefact)  # the last time that it was asked for
+            return artefact
+        with tempfile.TemporaryDirectory(dir=folder()) as temporary:
+            made = Path(temporary) / artefact.name
+            make(made)
+            os.replace(made, artefact)
+        tidy(artefact.parent)
+    return artefact
+
+
+def tidy(among: Path) -> None:
+    for old in among.iterdir():
         with suppress(FileNotFoundError):  # another process tidies too
             if old.stat().st_mtime < time.time() - DAYS * 86400:
                 old.unlink()
-    temporary = artefact.with_name(f"{os.getpid()}-{artefact.name}")
-    try:
-        make(temporary)
-        os.replace(temporary, artefact)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return artefact

@@ -23,11 +23,6 @@ KERNEL = re.compile(r"Compiling entry function '\w+' for '(\w+)'")
 SPILL = re.compile(r"properties for (\w+)\s+\d+ bytes stack frame, ([1-9]\d*) bytes spill stores")
 
 
-def compiles_everything(test):
-    """Half a minute a file where it is not known yet."""
-    return pytest.mark.slow(pytest.mark.xdist_group("cuda_compile")(test))
-
-
 def build():
     """setup.py's functions."""
     spec = importlib.util.spec_from_file_location("fastsae_setup", ROOT / "setup.py")
@@ -53,15 +48,15 @@ def reports(tmp_path_factory):
         source = cuda_host.SOURCES[op]
 
         def compile_to(path):  # half a minute a file
+            made = path.with_suffix(".o")
             run = subprocess.run(
-                [*command, str(source), "-o", str(path)],
+                [*command, str(source), "-o", str(made)],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert run.returncode == 0, run.stderr
-            with zipfile.ZipFile(path.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as both:
-                both.write(path, "object")
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as both:
+                both.write(made, "object")
                 both.writestr("report", run.stdout + run.stderr)
-            os.replace(path.with_suffix(".zip"), path)
 
         name = f"cuda_ptxas/{op}-{cuda_host.digest(source, command[:1], flags)}.zip"
         with zipfile.ZipFile(artefacts.kept(name, compile_to)) as both:
@@ -74,7 +69,7 @@ def reports(tmp_path_factory):
         return archs, dict(pool.map(compile_one, cuda_host.SOURCES))
 
 
-@compiles_everything
+@pytest.mark.slow
 def test_compiles_without_spills_for_every_architecture(reports):
     archs, outputs = reports
     assert archs and outputs
@@ -85,7 +80,7 @@ def test_compiles_without_spills_for_every_architecture(reports):
         assert SPILL.findall(text) == [], op
 
 
-@compiles_everything
+@pytest.mark.slow
 def test_the_product_of_topk_encode_is_what_was_counted(reports):
     """As benchmarks/NOTES.md says: tensor cores fed from shared memory, no fence of all memory."""
     archs, outputs = reports
@@ -123,7 +118,7 @@ void torch_c10_cuda_free_error_msg(char* m) {}
 """
 
 
-@compiles_everything
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the library itself is loaded")
 def test_links_and_registers_every_op(reports, tmp_path):
     """Each source alone: a build leaves out one that fails. With a stand-in for the functions of
