@@ -151,7 +151,7 @@ def _missing(op: str, backend: str, device: torch.device | str, dtype: torch.dty
     if not _has_kernel(f"{op}_cuda", kind.upper()):
         if kind != "cuda":
             return f"the cuda kernels need a GPU tensor, got {kind}"
-        return _library.CUDA_MISSING or f"no CUDA C++ kernel for {op}"
+        return _library.cuda_missing(op)
     return _too_old(device) or _no_image(device)
 
 
