@@ -11,9 +11,10 @@ enum class CpuLevel : int {
   kAvx512Bf16 = 3,  // and dot products of bf16 and of integers (VNNI)
 };
 
-// The level in force: the highest that the CPU and the compiler have, lowered by FASTSAE_CPU_LEVEL
-// or `_set_cpu_level`. Throws when FASTSAE_CPU_LEVEL names a level that is unknown or not
-// available, so call it once at the start of an operator, not inside a parallel region.
+// The level in force: the fastest that the CPU and the compiler have, or the one that
+// FASTSAE_CPU_LEVEL or `_set_cpu_level` asks for. Throws when FASTSAE_CPU_LEVEL names a level that
+// is unknown or not available, so call it once at the start of an operator, not inside a parallel
+// region.
 CpuLevel cpu_level();
 
 }  // namespace fastsae
