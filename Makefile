@@ -30,9 +30,11 @@ quickstart: $(VENV)/.built ## train an SAE on the embedded model, steer with it,
 test: $(VENV)/.built $(VENV)/.test ## the tests of all that can fail on this machine
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.built $(VENV)/.test ## what `make test` leaves out: GPU compilers, other CPU levels
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(ARGS)
+test-all: $(VENV)/.built $(VENV)/.test ## what `make test` leaves out: other CPU levels, GPU compilers
 	$(BIN)/python tools/cpu_levels.py $(ARGS)
+	$(BIN)/fastsae verify --device cpu
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(ARGS)
+	$(BIN)/python tests/triton_versions.py $(ARGS)
 
 test-levels: $(VENV)/.built $(VENV)/.test ## the C++ kernels at the CPU's lower levels
 	$(BIN)/python tools/cpu_levels.py $(ARGS)

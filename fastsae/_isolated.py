@@ -1,6 +1,7 @@
 """Work in a process of its own: a kernel that crashes, hangs or poisons the device ends only that.
 
 The child prints a JSON object per line of its standard output; `rows` hands them over as they come.
+It ends with its parent, however that ends: its standard input is the parent's, and closes then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import runpy
 import signal
 import subprocess
 import sys
@@ -45,8 +47,8 @@ def rows(
         raise OSError("this Python does not know its own executable (sys.executable is empty)")
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            [sys.executable, "-m", __name__, module, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             env={**os.environ, **(env or {})}, start_new_session=True,
         )  # fmt: skip
         lines: queue.Queue[bytes | None] = queue.Queue()
@@ -61,6 +63,8 @@ def rows(
         finally:
             if child.poll() is None:
                 _kill(child)
+            assert child.stdin is not None
+            child.stdin.close()
         if late:
             return f"nothing came for {limit_s:g} s; stopped"
         if child.returncode == 0:
@@ -102,3 +106,16 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the standard input; then kills this process and what it started."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

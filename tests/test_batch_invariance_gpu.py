@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import INTERPRETED, ON_HOST, device_of, randn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae
-from fastsae import ops
+from fastsae import ops, reference
 
 ROOT = Path(__file__).parent.parent
 SIZES = [1, 15, 17]
@@ -179,6 +180,36 @@ def test_no_library_product_on_a_gpu_path():
     for path in sorted((ROOT / "csrc/cuda").iterdir()):
         found += [path.name] * ("cublas" in path.read_text().lower())
     assert found == []
+
+
+class Precision(TorchDispatchMode):
+    """What the libraries may do to fp32 at each product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.out, torch.ops.aten.bmm.default):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen.append([b.fp32_precision for b in backends])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_reference_sums_in_fp32_whatever_torch_allows():
+    x, (W, b) = randn(N, D), weights(torch.float32, "cpu")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Precision() as products:
+            reference.topk_encode(x, W, b, K, True, None)
+            latents = torch.zeros(N, 1, dtype=torch.int32)
+            reference.topk_member(x, W, b, latents, K, None, False, None, None)
+            reference.sparse_grad_values(x, latents, W)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert products.seen == [["ieee", "ieee"]] * 3
 
 
 def test_interpreted_ties_do_not_rest_on_a_library():

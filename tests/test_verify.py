@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -194,6 +196,41 @@ def test_a_fault_ends_only_its_own_check(workers):
     assert reasons[3] == "RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
+PARENT = """
+from fastsae import _isolated
+_isolated.rows("faulty_worker", ["sparse_decode:cpu:portable:float32"], print, limit_s=500)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks the child up in /proc")
+def test_a_check_ends_with_the_process_that_asked_for_it(workers, monkeypatch):
+    """SIGTERM leaves a parent no time to kill its child."""
+    monkeypatch.setenv("FAULTS", json.dumps({":".join(ONE): "hang"}))
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", PARENT], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            while "running" not in parent.stdout.readline():  # the child hangs from there on
+                assert parent.poll() is None
+            assert _processes("faulty_worker")
+        finally:
+            parent.terminate()
+    deadline = time.monotonic() + 20
+    while children := _processes("faulty_worker"):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.1)
+
+
+def _processes(argument):
+    """Ids of the processes with this argument that are not zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if argument in (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"):
+                found.append(int(folder.name))
+    return found
+
+
 def test_a_check_that_hangs_is_stopped(workers):
     wanted = [ONE, ONE._replace(op="steer")]
     found = workers(wanted, {":".join(ONE): "hang"}, limit_s=25)
@@ -240,7 +277,8 @@ def test_a_level_is_checked_once_on_a_processor(records, monkeypatch):
 @built
 @pytest.mark.skipif(len(LEVELS) < 2, reason="only the portable level here")
 def test_a_level_that_fails_is_not_used(records):
-    best, below = LEVELS[-1], LEVELS[-2]
+    below, best = LEVELS[-2:]
+    torch.ops.fastsae._set_cpu_level(best)
     failing = Check("sparse_decode", "cpu", best, "float32")
     _verified.record(CPU).write({failing: Result(FAILED, reason="wrong: one bit")})
     with pytest.warns(

@@ -11,6 +11,7 @@ from ._configuration import Configuration
 
 # 8 rows share one load of the gradient; 8 x 512 products are 32 accumulators per thread.
 _BLOCK_K, _BLOCK_D, _WARPS = 8, 512, 4
+_MOST_K = 65535 * _BLOCK_K  # of a launch: the grid's second dimension ends there
 
 
 @triton.jit
@@ -25,9 +26,8 @@ def _sparse_grad_values_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    blocks = tl.cdiv(K, BLOCK_K)
-    n = tl.program_id(0).to(tl.int64) // blocks
-    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     latent = tl.load(indices_ptr + n * K + k, mask=k < K, other=-1)  # [BLOCK_K]
     present = (latent >= 0) & (latent < F)
     row = W_ptr + latent.to(tl.int64)[:, None] * D  # [BLOCK_K, 1]
@@ -51,8 +51,11 @@ def sparse_grad_values(
     out = W_dec.new_empty(n, k)
     if out.numel() == 0:
         return out
+    if k > _MOST_K:
+        parts = [part.contiguous() for part in indices.split(_MOST_K, dim=1)]
+        return torch.cat([sparse_grad_values(grad_out, part, W_dec) for part in parts], dim=1)
     with on_device(out):
-        _sparse_grad_values_kernel[(n * triton.cdiv(k, _BLOCK_K),)](
+        _sparse_grad_values_kernel[(n, triton.cdiv(k, _BLOCK_K))](
             grad_out, indices, W_dec, out, k, f, d,
             BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=_WARPS,
         )  # fmt: skip

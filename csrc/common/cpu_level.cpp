@@ -53,15 +53,17 @@ CpuLevel detected() {
   return level;
 }
 
-// The level in force when none is asked for. Intel's product of bf16 pairs takes four times as long
-// as an fp32 multiply-add, of which it replaces two (benchmarks/NOTES.md); AMD's is as fast.
-CpuLevel preferred() {
-#if FASTSAE_X86
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  const bool intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
-  if (intel && detected() == CpuLevel::kAvx512Bf16) return CpuLevel::kAvx512;
-#endif
-  return detected();
+// Of the time of two multiply-adds, which a product of bf16 pairs replaces: it must leave something
+// for the pairs that are scored again.
+constexpr double kBf16Pays = 1.5;
+
+// The level in force when none is asked for.
+CpuLevel fastest() {
+  static const CpuLevel level = [] {
+    const bool slow = detected() == CpuLevel::kAvx512Bf16 && bf16_rate() > kBf16Pays;
+    return slow ? CpuLevel::kAvx512 : detected();
+  }();
+  return level;
 }
 
 std::string available() {
@@ -73,7 +75,7 @@ std::string available() {
 }
 
 CpuLevel parse(const std::string& name, const char* source) {
-  if (name.empty()) return preferred();
+  if (name.empty()) return fastest();
   for (int i = 0; i < kLevels; ++i) {
     if (name != kNames[i]) continue;
     STD_TORCH_CHECK(i <= static_cast<int>(detected()), source, ": CPU level ", name,

@@ -17,6 +17,10 @@ enum class CpuLevel : int {
 // region.
 CpuLevel cpu_level();
 
+// The time of a multiply-add of bf16 pairs, measured, by that of one of fp32. Only where the CPU
+// has the level avx512_bf16 (cpu/bf16_rate.cpp).
+double bf16_rate();
+
 }  // namespace fastsae
 
 // Kernels for x86 levels are compiled only where the compiler knows the targets.

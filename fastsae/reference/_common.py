@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +14,20 @@ _SCORES = 1 << 24  # held at once: 64 MB in fp32
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums run in: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 are summed in fp32, whatever torch's settings allow (tf32, bf16)."""
+    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = "ieee"
+        yield
+    finally:
+        for library, setting in zip(libraries, before):
+            library.fp32_precision = setting
 
 
 def check_range(op: str, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
@@ -48,10 +63,11 @@ def score_blocks(
     slab = torch.empty(blocks * size, f, dtype=acc, device=x.device)
     for begin in range(0, x.shape[0], blocks * size):
         some = x[begin : begin + blocks * size]
-        for i in range(0, len(some), size):
-            rows = some[i : i + size]
-            block[: len(rows)] = rows
-            torch.mm(block, weight, out=slab[i : i + size])
+        with full_precision():
+            for i in range(0, len(some), size):
+                rows = some[i : i + size]
+                block[: len(rows)] = rows
+                torch.mm(block, weight, out=slab[i : i + size])
         scores = slab[: len(some)]
         if b_enc is not None:
             scores += b_enc.to(acc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._common import acc_dtype, check_range
+from ._common import acc_dtype, check_range, full_precision
 
 _ELEMENTS = 1 << 22  # of the rows gathered at a time: 16 MB in fp32
 
@@ -19,6 +19,7 @@ def sparse_grad_values(
     grad = grad_out.to(acc)[:, :, None]  # [N, D, 1]
     out = torch.empty(n, k, 1, dtype=acc, device=grad_out.device)
     size = max(1, _ELEMENTS // max(1, k * W_dec.shape[1]))
-    for at in (slice(begin, begin + size) for begin in range(0, n, size)):
-        out[at] = W_dec[index[at]].to(acc) @ grad[at]
+    with full_precision():
+        for at in (slice(begin, begin + size) for begin in range(0, n, size)):
+            out[at] = W_dec[index[at]].to(acc) @ grad[at]
     return out[:, :, 0].to(W_dec.dtype)
