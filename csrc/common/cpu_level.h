@@ -18,7 +18,7 @@ enum class CpuLevel : int {
 CpuLevel cpu_level();
 
 // The time of a multiply-add of bf16 pairs, measured, by that of one of fp32. Only where the CPU
-// has the level avx512_bf16 (cpu/bf16_rate.cpp).
+// has the level avx512_bf16 (bf16_rate.cpp).
 double bf16_rate();
 
 }  // namespace fastsae

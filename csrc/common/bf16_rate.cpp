@@ -8,7 +8,7 @@
 
 #include "common/cpu_level.h"
 
-#define FASTSAE_KERNEL "cpu/bf16_rate.inl"
+#define FASTSAE_KERNEL "common/bf16_rate.inl"
 #define FASTSAE_KERNEL_BF16
 #include "cpu/foreach_level.h"
 
