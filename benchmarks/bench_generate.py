@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 from fastsae.bench.timing import WallClock
-from fastsae.steer import Program, SAEDescription, attach, clamp
+from fastsae.steer import Description, Program, attach, clamp
 from fastsae.train.activations import edited, find_site
 
 NAME = "generate"
@@ -51,14 +51,14 @@ def embedded() -> tuple[Any, int]:
     return model, model.config.hidden_size
 
 
-def sae_of(kind: str, d: int) -> SAEDescription:
+def sae_of(kind: str, d: int) -> Description:
     rows = h.unit_rows(F, d, seed=1)
     bias = h.normal(F, seed=3) / 10
     options: dict[str, Any] = {"threshold": 0.5} if kind == "jumprelu" else {"k": K}
-    return SAEDescription(rows, bias, h.unit_rows(F, d, seed=2), torch.zeros(d), kind, **options)
+    return Description(rows, bias, h.unit_rows(F, d, seed=2), torch.zeros(d), kind, **options)
 
 
-def definition(sae: SAEDescription, latents: Sequence[int]) -> Callable[[Any], Any]:
+def definition(sae: Description, latents: Sequence[int]) -> Callable[[Any], Any]:
     """x with the latents clamped inside the SAE and its error kept."""
 
     def edit(x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ import _harness as h
 
 import fastsae
 from fastsae import _steer_codes as codes
-from fastsae.steer import SAEDescription, attach, clamp
+from fastsae.steer import Description, attach, clamp
 
 NAME = "steer"
 LATENT, TARGET = 5, 3.0
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_steer(benchmark: Any, tokens: int) -> None:
     w = h.unit_rows(64, 32, seed=1)
-    sae = SAEDescription(w, torch.zeros(64), w, torch.zeros(32), "relu")
+    sae = Description(w, torch.zeros(64), w, torch.zeros(32), "relu")
     model = OneSite(32)
     attach(model, sae, hook="site").set([[clamp(LATENT, TARGET)]])
     x = h.normal(1, tokens, 32, seed=0)

@@ -166,8 +166,8 @@ def stages(shape: tuple[int, int, int], k: int, rounds: int) -> list[tuple[str, 
 
     def one(x: torch.Tensor) -> None:
         with torch.no_grad():
-            values, indices = timed("  encode alone (not in the sum)", lambda: sae.encode(x))
-            timed("  decode alone (not in the sum)", lambda: sae.decode(values, indices))
+            code = timed("  encode alone (not in the sum)", lambda: sae.encode(x))
+            timed("  decode alone (not in the sum)", lambda: sae.decode(code))
         begin = time.perf_counter()
         recon = timed("forward", lambda: sae(x))
         loss = timed("loss", lambda: (recon - x).pow(2).sum(-1).mean())

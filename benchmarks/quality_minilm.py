@@ -28,6 +28,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _harness import header, machine
 from minilm_activations import TEXTS, load
 
-from fastsae.nn import TopKSAE
-from fastsae.train.trainer import TrainConfig, Trainer, fvu, shuffled
+from fastsae.nn import Code, TopKConfig, TopKSAE, fvu
+from fastsae.train import TrainConfig, Trainer
+from fastsae.train.trainer import shuffled
 
 K, STEPS, BATCH = 32, 1500, 2048
 TARGET = {3072: 0.110, 6144: 0.097}
@@ -48,29 +50,31 @@ RESULTS = Path(__file__).parent / "results" / "cpu" / "quality_minilm.json"
 class PlainTopKSAE(TopKSAE):
     """The same SAE by dense matrix products and autograd."""
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pre = nn.functional.linear(self._center(x), self.W_enc, self.b_enc)
+    def encode(self, x: torch.Tensor) -> Code:
+        pre = nn.functional.linear(self._input(x), self.W_enc, self.b_enc)
         values, indices = pre.topk(self.k, dim=-1)
-        values = values.relu()
-        if self.training:
-            self._track(values.detach(), indices)
-        return values, indices
+        return self._tracked(Code(values.relu(), indices))
 
-    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return self._dense(values, indices) @ self.W_dec + self.b_dec
+    def decode(self, code: Code) -> torch.Tensor:
+        return self._dense(code.values, code.indices) @ self.W_dec + self.b_dec
 
     def _dense(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(values.shape[0], self.d_sae).scatter(1, indices, values)
 
     def aux_loss(
-        self, x: torch.Tensor, reconstruction: torch.Tensor, *, k_aux: int, dead_after: int
+        self,
+        x: torch.Tensor,
+        reconstruction: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        most_dead: int | None = None,
     ) -> torch.Tensor:
-        dead = self.dead_latents(dead_after)
+        dead = self.dead_latents()
         if len(dead) == 0:
             return x.new_zeros(())
         residual = (x - reconstruction).detach()
-        pre = self._center(x) @ self.W_enc[dead].T + self.b_enc[dead]
-        values, at = pre.topk(min(k_aux, len(dead)), dim=-1)
+        pre = self._input(x) @ self.W_enc[dead].T + self.b_enc[dead]
+        values, at = pre.topk(min(self.config.k_aux, len(dead)), dim=-1)
         found = self._dense(values.relu(), dead[at]) @ self.W_dec
         return (found - residual).square().sum() / (residual - residual.mean(0)).square().sum()
 
@@ -96,11 +100,12 @@ def run(
     train: torch.Tensor,
     held_out: torch.Tensor,
     config: TrainConfig,
+    aux: dict[str, Any],
     directions: str,
     dtype: torch.dtype,
 ) -> dict[str, object]:
     """One training run and its figures."""
-    sae = (PlainTopKSAE if method == "plain" else TopKSAE)(train.shape[1], f, K, seed=seed)
+    sae = (PlainTopKSAE if method == "plain" else TopKSAE)(train.shape[1], f, K, seed=seed, **aux)
     sae.initialize_from_data(train, directions=directions, seed=seed)
     with torch.no_grad():
         first = float(fvu(held_out, sae.eval()(held_out)))
@@ -118,12 +123,12 @@ def run(
     fired = torch.zeros(f, dtype=torch.bool)
     with torch.no_grad():
         for x in held_out.split(BATCH):
-            values, indices = sae.encode(x.to(dtype))
-            out.append(sae.decode(values, indices).float())
-            l0 += float((values > 0).sum()) / len(held_out)
+            code = sae.encode(x.to(dtype))
+            out.append(sae.decode(code).float())
+            l0 += float((code.values != 0).sum()) / len(held_out)
         for x in train.split(BATCH):
-            values, indices = sae.encode(x)
-            fired[indices[values > 0].long()] = True
+            code = sae.encode(x)
+            fired[code.indices[code.values != 0].long()] = True
     return {
         "method": method,
         "F": f,
@@ -131,7 +136,7 @@ def run(
         "seed": seed,
         "directions": directions,
         "dtype": str(dtype).removeprefix("torch."),
-        "config": asdict(config),
+        "config": asdict(config) | aux,
         "initial_fvu": first,
         "fvu": float(fvu(held_out, torch.cat(out))),
         "dead_fraction": 1 - float(fired.float().mean()),
@@ -176,8 +181,8 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=TrainConfig(1).decay)
     parser.add_argument("--warmup", type=int, default=TrainConfig(1).warmup)
     parser.add_argument("--beta2", type=float, default=0.999)
-    parser.add_argument("--aux", type=float, default=TrainConfig(1).aux_coefficient)
-    parser.add_argument("--k-aux", type=int, default=TrainConfig(1).k_aux)
+    parser.add_argument("--aux", type=float, default=TopKConfig.aux_coefficient)
+    parser.add_argument("--k-aux", type=int, default=TopKConfig.k_aux)
     parser.add_argument("--dead-after", type=int, default=200_000)
     parser.add_argument("--moments", nargs="+", default=["fp32"], choices=["fp32", "bf16", "8bit"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -190,15 +195,17 @@ def main() -> None:
         args.text, args.method, args.latents, args.moments
     ):
         config = TrainConfig(
-            args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2), moments=moments,
-            aux_coefficient=args.aux, k_aux=args.k_aux, dead_after=args.dead_after,
-        )  # fmt: skip
+            args.steps, args.lr, args.warmup, args.decay, (0.9, args.beta2), moments=moments
+        )
+        aux = {
+            "aux_coefficient": args.aux, "k_aux": args.k_aux, "dead_after": args.dead_after
+        }  # fmt: skip
         train, held_out = load(args.cache, text)
         new = []
         for seed in args.seeds:
             row = {"text": text}
             row |= run(
-                method, f, seed, train, held_out, config, args.directions,
+                method, f, seed, train, held_out, config, aux, args.directions,
                 getattr(torch, args.dtype),
             )  # fmt: skip
             print(json.dumps({k: v for k, v in row.items() if k != "config"}), flush=True)

@@ -10,10 +10,14 @@ from ._dispatch import explain, use_backend
 from ._version import __version__
 from ._warnings import KernelCheckWarning, SlowFallbackWarning
 from .info import info
+from .nn import TopKSAE
+from .optim import FusedAdam
 
 __all__ = [
+    "FusedAdam",
     "KernelCheckWarning",
     "SlowFallbackWarning",
+    "TopKSAE",
     "__version__",
     "explain",
     "info",

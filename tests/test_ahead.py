@@ -28,8 +28,8 @@ def one_thread():
 # ---- AuxK ---------------------------------------------------------------------------------------
 
 
-def made(dead, dtype=torch.float32, **options):
-    sae = TopKSAE(D, F, K, seed=0, dtype=dtype, **options)
+def made(dead, dtype=torch.float32, k_aux=10, **options):
+    sae = TopKSAE(D, F, K, seed=0, dtype=dtype, k_aux=k_aux, dead_after=100, **options)
     with torch.no_grad():
         sae.b_enc.copy_(randn(F, seed=1) / 10)
         sae.b_dec.copy_(randn(D, seed=2))
@@ -57,7 +57,7 @@ def test_a_capacity_gives_what_the_count_gives(n_dead, spare, scaled, activation
         owner = FusedAdam(sae.parameters(), lr=1e-2) if optimizer else None
         x = randn(N, D, seed=5)
         out = sae(x)
-        loss = sae.aux_loss(x, out, k_aux=10, dead_after=100, capacity=capacity)
+        loss = sae.aux_loss(x, out, most_dead=capacity)
         (loss + 0 * out.sum()).backward()  # a gradient everywhere
         if owner is not None:
             owner.step()
@@ -70,10 +70,9 @@ def test_a_capacity_gives_what_the_count_gives(n_dead, spare, scaled, activation
 def test_too_small_a_capacity_takes_those_longest_dead():
     dead = torch.arange(0, 20)  # latent 0 for the longest time
     x = randn(N, D, seed=5)
-    one, two = made(dead), made(dead[:8])
+    one, two = made(dead, k_aux=4), made(dead[:8], k_aux=4)
     out = one(x)
-    options = {"k_aux": 4, "dead_after": 100}
-    assert torch.equal(one.aux_loss(x, out, capacity=8, **options), two.aux_loss(x, out, **options))
+    assert torch.equal(one.aux_loss(x, out, most_dead=8), two.aux_loss(x, out))
 
 
 class Fixed(Trainer):
@@ -81,12 +80,10 @@ class Fixed(Trainer):
 
     capacities: list[int]
 
-    def _aux_loss(self, x, out, n):
-        capacity = self._capacity(n)
-        self.capacities.append(capacity)
-        return self.sae.aux_loss(
-            x, out, k_aux=self.config.k_aux, dead_after=self.config.dead_after, capacity=capacity
-        )
+    def _most_dead(self, x, n):
+        bound = self._bound(n)
+        self.capacities.append(bound)
+        return bound
 
 
 @pytest.mark.parametrize("moments,dtype", [("fp32", torch.float32), ("8bit", torch.bfloat16)])
@@ -96,11 +93,11 @@ def test_training_by_late_counts_is_training_by_counts(moments, dtype, monkeypat
         "fastsae.train.trainer.rounded", lambda bound, f: min(f, bound + bound % 3)
     )  # of all sizes
     x = randn(800, D, seed=1).to(dtype)
-    config = TrainConfig(60, lr=3e-2, dead_after=900, k_aux=8, moments=moments, log_every=7)
+    config = TrainConfig(60, lr=3e-2, moments=moments, log_every=7)
     results, records = [], []
     for kind in (Trainer, Fixed):
         Slow.made.clear()
-        sae = TopKSAE(D, F, K, seed=0, dtype=dtype)
+        sae = TopKSAE(D, F, K, seed=0, dtype=dtype, dead_after=900, k_aux=8)
         with torch.no_grad():
             sae.b_enc[::3] = torch.linspace(-0.5, -3, 22)  # these die, some are revived
         trainer = kind(sae, config)

@@ -15,8 +15,8 @@ from small_models import FAMILIES, SLIDING, D, V, tiny
 import fastsae
 from fastsae import _library
 from fastsae.steer import (
+    Description,
     MaxActivations,
-    SAEDescription,
     ablate,
     active,
     add,
@@ -66,7 +66,7 @@ def by_definition(model, sae, programs):
 
     def edit(x):
         f = torch.zeros(*x.shape[:-1], F, dtype=x.dtype)
-        values, indices = sae.encode(x)
+        values, indices, _ = sae.encode(x)
         f.scatter_(-1, indices.long(), values)
         changed = f.clone()
         for b, program in enumerate(programs):
@@ -293,7 +293,7 @@ def test_two_features_add_up_and_gates_read_the_clean_activation(gpt2):
     one, two = states([clamp(3, 6.0)]) - clean, states([clamp(4, 5.0)]) - clean
     both = states([clamp(3, 6.0), clamp(4, 5.0)]) - clean
     assert torch.allclose(both, one + two, atol=1e-4)
-    values, indices = sae.encode(clean)
+    values, indices, _ = sae.encode(clean)
     j = int(indices[0, 0, 0])
     fires = ((indices == j) & (values > 0)).any(-1)
     gated = states([clamp(4, 5.0, when=active(j))]) - clean
@@ -327,7 +327,7 @@ def test_several_saes_at_several_sites_equal_both_definitions(model):
     """A TopK SAE and a ReLU SAE, each with programs of its own, through generate()."""
     topk, ids = topk_sae(), prompt(2)
     W, b = randn(30, D, seed=7) / D**0.5, randn(30, seed=8) / 4
-    relu = SAEDescription(W, b, W.flip(1), randn(D, seed=9), "relu", subtract_b_dec=True)
+    relu = Description(W, b, W.flip(1), randn(D, seed=9), "relu", subtract_b_dec=True)
 
     def clamp_relu(x):
         f = ((x[:1] - relu.b_dec) @ W[4] + b[4]).clamp(min=0)
@@ -628,8 +628,8 @@ def test_equals_saelens_error_term(gpt2, kind, norm):
 
 def test_a_description_is_enough(gpt2):
     with pytest.raises(ValueError, match="jumprelu needs threshold"):
-        SAEDescription(randn(F, D), randn(F), randn(F, D), randn(D), "jumprelu")
-    with pytest.raises(TypeError, match="SAEDescription"):
+        Description(randn(F, D), randn(F), randn(F, D), randn(D), "jumprelu")
+    with pytest.raises(TypeError, match="Description"):
         attach(gpt2, object(), layer=LAYER)
 
 
@@ -665,7 +665,7 @@ def test_a_threshold_takes_the_place_of_membership(gpt2):
         ("jumprelu", {"threshold": torch.full((F,), 0.7)}),
         ("topk", {"k": 5}),
     ):
-        steerer = attach(gpt2, SAEDescription(*weights, kind, **own), layer=LAYER)
+        steerer = attach(gpt2, Description(*weights, kind, **own), layer=LAYER)
         with steerer.steer([[ablate(j) for j in range(20)], None]):
             found.append(gpt2(ids).logits)
         steerer.detach()
@@ -679,7 +679,7 @@ def test_a_low_precision_model_is_edited_with_one_rounding(gpt2, dtype, kind):
     """The site's states in generate() against fp64: within half a unit in the last place."""
     shapes = ((F, D), (F,), (F, D), (D,))
     W, b, W_dec, b_dec = (randn(*s, seed=i).to(dtype) / 4 for i, s in enumerate(shapes))
-    sae = SAEDescription(W, b, W_dec, b_dec, kind, subtract_b_dec=True, k=5)
+    sae = Description(W, b, W_dec, b_dec, kind, subtract_b_dec=True, k=5)
     steerer, seen = attach(gpt2.to(dtype), sae, layer=LAYER), []
     keep = lambda m, a, out: seen.append(fastsae.train.activations.output_of(out))  # noqa: E731
     for first in (True, False):
@@ -735,9 +735,9 @@ def test_a_constant_that_the_input_is_multiplied_by(gpt2, architecture, extra):
     b_dec = randn(D, seed=5) / 4
     for scaled in (True, False):
         sae = (
-            SAEDescription(W, b, W_dec, b_dec, architecture, input_scale=s, **extra)
+            Description(W, b, W_dec, b_dec, architecture, input_scale=s, **extra)
             if scaled
-            else SAEDescription(W * s, b, W_dec / s, b_dec / s, architecture, **extra)
+            else Description(W * s, b, W_dec / s, b_dec / s, architecture, **extra)
         )
         steerer = attach(gpt2, sae, layer=LAYER)
         with steerer.steer([[scale(j, 2.0) for j in range(30)], [clamp(3, 6.0)]]):

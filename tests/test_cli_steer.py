@@ -7,8 +7,8 @@ import torch
 from conftest import randn
 
 from fastsae.nn import TopKSAE
+from fastsae.nn.description import MAX_ACTIVATION
 from fastsae.steer import MaxActivations
-from fastsae.steer.describe import MAX_ACTIVATION
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("transformers")

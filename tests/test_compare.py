@@ -11,6 +11,7 @@ from conftest import generator, randn
 from small_models import D, V, tiny
 
 from fastsae.nn import TopKSAE
+from fastsae.nn.description import MAX_ACTIVATION
 from fastsae.steer import MaxActivations, add_vector, attach, concept
 from fastsae.steer.compare import (
     CLAMP,
@@ -26,7 +27,6 @@ from fastsae.steer.compare import (
     padded,
     perplexity,
 )
-from fastsae.steer.describe import MAX_ACTIVATION
 from fastsae.steer.sweep import Sampling, sample
 from fastsae.train.activations import Store, Windows
 

@@ -24,9 +24,9 @@ N, D, F, K = 40, 12, 48, 3
 
 def trained(moments="fp32", dtype=torch.float32):
     """More than 256 steps: where bf16 stops counting. AuxK, dead latents, checkpoint, records."""
-    sae = TopKSAE(D, F, K, seed=0, dtype=dtype)
+    sae = TopKSAE(D, F, K, seed=0, dtype=dtype, dead_after=200, k_aux=8)
     x = randn(400, D, seed=1).to(dtype)
-    records = train_sae(sae, x, batch_size=N, steps=262, dead_after=200, moments=moments, k_aux=8)
+    records = train_sae(sae, x, batch_size=N, steps=262, moments=moments)
     numbers = [[r.loss, r.fvu, r.l0, r.dead_fraction, r.lr] for r in records]
     return [*sae.state_dict().values(), numbers]
 
@@ -89,7 +89,9 @@ def steered():
 
 def statistics():
     stats = FeatureStats(F, kept=4, sampled=2)
-    values, indices = TopKSAE(D, F, K, seed=0, dtype=torch.float32).encode(randn(6, 7, D, seed=5))
+    values, indices, _ = TopKSAE(D, F, K, seed=0, dtype=torch.float32).encode(
+        randn(6, 7, D, seed=5)
+    )
     stats.update(values, indices, torch.arange(42).view(6, 7))
     tops = [stats.top(j) for j in range(F)]
     return [stats.max, stats.density, stats.mean_active, stats.total, tops]

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+from dataclasses import replace
 
 import conftest
 import pytest
@@ -94,17 +95,18 @@ def test_any_loss_and_microbatches_add_up():
 
 
 def test_aux_loss_of_another_k_adds_up():
-    ours, theirs = make(normalize_decoder=False), make(normalize_decoder=False)
+    options = {"normalize_decoder": False, "k_aux": 11, "dead_after": N}
+    ours, theirs = make(**options), make(**options)
     opt = FusedAdam(ours.parameters(), lr=1e-2)
     reference = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     for x in batches(8):
         for sae, o in ((ours, opt), (theirs, reference)):
             out = sae(x)
-            aux = sae.aux_loss(x, out, k_aux=11, dead_after=N)
+            aux = sae.aux_loss(x, out)
             ((out - x).square().mean() + aux / 32).backward()
             o.step()
             o.zero_grad()
-    assert len(ours.dead_latents(N)) > 11
+    assert len(ours.dead_latents()) > 11
     close(ours, theirs)
 
 
@@ -427,7 +429,9 @@ def test_refusals():
 
     opt = FusedAdam(sae.parameters())
     buffer = x.clone()
-    sae.apply_b_dec_to_input = False  # then the encoder's rows are the buffer itself
+    sae.config = replace(
+        sae.config, apply_b_dec_to_input=False
+    )  # then the encoder's rows are the buffer itself
     (sae(buffer) - x).square().mean().backward()
     buffer.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):

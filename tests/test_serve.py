@@ -29,6 +29,7 @@ httpx = pytest.importorskip("httpx")
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.nn import TopKSAE  # noqa: E402
+from fastsae.nn.description import MAX_ACTIVATION  # noqa: E402
 from fastsae.serve import connections  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
 from fastsae.serve.connections import Impatient  # noqa: E402
@@ -36,7 +37,6 @@ from fastsae.serve.engine import ClosedError, Engine, Event, FullError, Sampling
 from fastsae.serve.protocol import Limits  # noqa: E402
 from fastsae.serve.text import TextStream  # noqa: E402
 from fastsae.steer import MaxActivations, clamp  # noqa: E402
-from fastsae.steer.describe import MAX_ACTIVATION  # noqa: E402
 
 LIMITS = Limits(
     body_bytes=20_000, body_seconds=2.0, prompt_tokens=64, new_tokens=96, sequences=4,

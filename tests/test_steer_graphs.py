@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import fastsae
 from fastsae.steer import (
-    SAEDescription,
+    Description,
     ablate,
     active,
     add,
@@ -132,7 +132,7 @@ def kernels_run_unseen(monkeypatch):
     monkeypatch.setattr(module, "check_latents", lambda *args: None)
 
 
-def described(kind: str) -> SAEDescription:
+def described(kind: str) -> Description:
     options: dict = {
         "relu": {},
         "jumprelu": {"threshold": 0.2},
@@ -140,7 +140,7 @@ def described(kind: str) -> SAEDescription:
         "topk": {"k": 5, "rank_scale": randn(F, seed=7).abs() + 0.1},
     }
     rows = [randn(F, D, seed=i) / D**0.5 for i in (1, 2)]
-    return SAEDescription(
+    return Description(
         rows[0], randn(F, seed=3), rows[1], randn(D, seed=4), kind, True, **options[kind]
     )
 

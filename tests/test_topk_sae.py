@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from fastsae.nn import TopKSAE, _files
-from fastsae.nn.topk_sae import geometric_median
+from fastsae import _files
+from fastsae.nn import TopKSAE
+from fastsae.nn.initial import geometric_median
 from fastsae.optim import FusedAdam, has_unit_norm
 
 N, D, F, K = 40, 12, 64, 4
@@ -41,9 +43,9 @@ def data(n=N, dtype=torch.float64, seed=3):
 
 def dense(sae, x, scale=1.0):
     """The definition, with [N, F] activations."""
-    pre = (x - sae.b_dec if sae.apply_b_dec_to_input else x) @ sae.W_enc.T + sae.b_enc
+    pre = (x - sae.b_dec if sae.config.apply_b_dec_to_input else x) @ sae.W_enc.T + sae.b_enc
     kept = torch.zeros_like(pre).scatter(1, (pre * scale).topk(sae.k, 1).indices, 1.0) * pre
-    return (kept.relu() if sae.activation == "relu" else kept) @ sae.W_dec + sae.b_dec
+    return (kept.relu() if sae.config.activation == "relu" else kept) @ sae.W_dec + sae.b_dec
 
 
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "raw"])
@@ -64,11 +66,12 @@ def test_forward_and_gradients_follow_the_definition(centered, activation):
 def test_encode_decode_shapes_and_order():
     sae = make()
     x = data(2 * 3 * 5).view(2, 3, 5, D)
-    values, indices = sae.encode(x)
-    assert values.shape == indices.shape == (2, 3, 5, K)
+    code = sae.encode(x)
+    values, indices, offsets = code
+    assert offsets is None and values.shape == indices.shape == (2, 3, 5, K)
     assert indices.dtype == torch.int32
     assert (values.diff(dim=-1) <= 0).all()
-    assert torch.equal(sae.decode(values, indices), sae(x))
+    assert torch.equal(sae.decode(code), sae(x))
     assert sae(x[:0]).shape == (0, 3, 5, D)
     assert sae(x.float()).dtype == torch.float64  # cast to the parameters' dtype
 
@@ -131,20 +134,20 @@ def test_geometric_median_is_the_minimum():
 
 
 def test_dead_latents_are_tracked_in_training_only():
-    sae = make()
+    sae = make(dead_after=2 * N)
     sae.eval()(data())
     assert int(sae.tokens_seen) == 0
     sae.train()
     expected = torch.full((F,), 0)
     for i in range(3):
         x = data(seed=i)
-        values, indices = sae(x) is not None and sae.eval().encode(x)
+        values, indices, _ = sae(x) is not None and sae.eval().encode(x)
         sae.train()
         expected += N
-        expected[indices[values > 0].long()] = 0
+        expected[indices[values != 0].long()] = 0
     assert torch.equal(sae.tokens_since_fired(), expected)
-    assert torch.equal(sae.dead_latents(2 * N), (expected >= 2 * N).nonzero().squeeze(1))
-    assert len(sae.dead_latents()) == 0
+    assert torch.equal(sae.dead_latents(), (expected >= 2 * N).nonzero().squeeze(1))
+    assert len(make().dead_latents()) == 0
     copied = TopKSAE(D, F, K, dtype=torch.float64)
     copied.load_state_dict(sae.state_dict())
     assert torch.equal(copied.tokens_since_fired(), expected)
@@ -152,16 +155,16 @@ def test_dead_latents_are_tracked_in_training_only():
 
 @pytest.mark.parametrize("k_aux", [3, 1000], ids=["few", "all_dead"])
 def test_aux_loss_and_its_gradients(k_aux):
-    sae = make()
+    sae = make(k_aux=k_aux, dead_after=100)
     x = data()
     sae(x)
     sae.last_fired[::3] = -100  # a third of the latents is dead
-    dead = sae.dead_latents(100)
+    dead = sae.dead_latents()
     assert len(dead) == 22
     sae.zero_grad()
     out = sae(x)
     sae.last_fired[::3] = -100
-    sae.aux_loss(x, out, k_aux=k_aux, dead_after=100).backward()
+    sae.aux_loss(x, out).backward()
     got = {n: p.grad.clone() for n, p in sae.named_parameters()}
 
     sae.zero_grad()
@@ -276,7 +279,7 @@ def test_round_trip(tmp_path, dtype):
     sae = make(dtype, apply_b_dec_to_input=False, activation="identity")
     sae.save_pretrained(tmp_path / "new" / "folder")
     loaded = TopKSAE.from_pretrained(tmp_path / "new" / "folder")
-    assert loaded.config() == sae.config()
+    assert loaded.config == sae.config
     assert not loaded.training
     x = data(dtype=dtype)
     assert torch.equal(loaded(x), sae.eval()(x))
@@ -286,6 +289,10 @@ def test_round_trip(tmp_path, dtype):
         "config.json",
         "sae.safetensors",
     ]
+
+
+def saved():
+    return {"architecture": "topk", **asdict(make().config)}
 
 
 def edit(path, **changes):
@@ -303,15 +310,17 @@ def edit(path, **changes):
         (lambda c, w: w.write_bytes(b"\x80\x04pickle"), "sae.safetensors", "not a safetensors"),
         (lambda c, w: c.write_text(c.read_text()[:40]), "config.json", "truncated"),
         (lambda c, w: c.write_bytes(b"\xff\xfe\x00"), "config.json", "not JSON"),
-        (lambda c, w: c.write_text("[1]"), "config.json", "not a fastsae.TopKSAE"),
+        (lambda c, w: c.write_text("[1]"), "config.json", "not a fastsae.SparseCoder"),
         (lambda c, w: edit(c, format="sae_lens"), "config.json", "sae_lens"),
         (lambda c, w: edit(c, format_version=99), "config.json", "newer"),
         (lambda c, w: edit(c, format_version="1"), "config.json", "format_version"),
         (lambda c, w: edit(c, save_id="0"), "sae.safetensors", "interrupted"),
-        (lambda c, w: edit(c, config={"d_in": 3}), "config.json", "d_sae"),
-        (lambda c, w: edit(c, config={**make().config(), "d_in": 3}), "sae.safetensors", "W_enc"),
-        (lambda c, w: edit(c, config={**make().config(), "gate": 1}), "config.json", "gate"),
-        (lambda c, w: edit(c, config={**make().config(), "k": 999}), "config.json", "k must"),
+        (lambda c, w: edit(c, config={"d_in": 3}), "config.json", "architecture is None"),
+        (lambda c, w: edit(c, config={"d_in": 3, "architecture": "topk"}), "config.json", "d_sae"),
+        (lambda c, w: edit(c, config={**saved(), "architecture": "moe"}), "config.json", "'moe'"),
+        (lambda c, w: edit(c, config={**saved(), "d_in": 3}), "sae.safetensors", "W_enc"),
+        (lambda c, w: edit(c, config={**saved(), "gate": 1}), "config.json", "gate"),
+        (lambda c, w: edit(c, config={**saved(), "k": 999}), "config.json", "k must"),
         (lambda c, w: w.unlink(), "sae.safetensors", "no such file"),
         (lambda c, w: c.unlink(), "config.json", "no such file"),
     ],
@@ -355,5 +364,5 @@ def test_can_be_built_from_fake_tensors():
 
     with FakeTensorMode():
         sae = TopKSAE(4096, 8192, 4)
-        values, indices = sae.eval().encode(torch.empty(3, 4096))
+        values, indices, _ = sae.eval().encode(torch.empty(3, 4096))
     assert values.shape == indices.shape == (3, 4)

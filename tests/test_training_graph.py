@@ -99,19 +99,16 @@ def test_a_training_step_neither_waits_nor_allocates_by_data_on_triton(dtype, fm
 def with_aux(device, capacity, *, capturable=True):
     """A Trainer's step with AuxK over a third of the latents, and its optimizer's rate in a
     tensor; half of the dead ones died only now."""
-    sae = TopKSAE(D, F, K, seed=0, dtype=torch.float32, device=device)
+    sae = TopKSAE(D, F, K, seed=0, dtype=torch.float32, device=device, dead_after=90, k_aux=16)
     if device == "cpu":
         sae.b_enc.requires_grad_(False)
         sae.b_dec.requires_grad_(False)
     sae.last_fired[::3] = -100
     lr = torch.tensor(1e-2, device=device) if capturable else 1e-2
     opt = FusedAdam([p for p in sae.parameters() if p.requires_grad], lr=lr, capturable=capturable)
-    trainer = Trainer(sae, TrainConfig(20, warmup=3, dead_after=90, k_aux=16), opt)
+    trainer = Trainer(sae, TrainConfig(20, warmup=3), opt)
 
-    def aux(x, out, n):
-        return sae.aux_loss(x, out, k_aux=16, dead_after=90, capacity=capacity)
-
-    trainer._aux_loss = aux
+    trainer._most_dead = lambda x, n: capacity
     return sae, trainer
 
 

@@ -66,7 +66,7 @@ def compare_steering(
         import transformers  # noqa: F401
     except ImportError as error:
         fail_missing(error)
-    from ..nn._files import write_text_atomic
+    from .._files import write_text_atomic
     from ..quickstart.pipeline import load_subject, to_json
     from ..quickstart.settings import QuickstartError, Settings
     from ..steer import attach, describe

@@ -74,7 +74,7 @@ def load_sae(
 ) -> tuple[TopKSAE, MaxActivations | None, str | None]:
     """The SAE, its statistics when they are there, and the hook: theirs when no site is given."""
     from ..nn import TopKSAE
-    from ..steer.describe import MAX_ACTIVATION, MaxActivations
+    from ..nn.description import MAX_ACTIVATION, MaxActivations
 
     if layer is not None and hook is not None:
         fail("give --layer or --hook, not both")

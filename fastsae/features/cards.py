@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..nn import SparseCoder
 from ..train.activations import Store
-from ..train.evaluate import SparseCoder
 from .stats import FeatureStats
 from .tokens import TokenMass, TokenText
 
@@ -257,8 +257,8 @@ def make_example(
     low = max(store.skip_first, position - before)
     high = min(store.windows.tokens.shape[1], position + after + 1)
     rows = store.activations[place - (position - low) : place + (high - position)]
-    values, indices = sae.encode(rows.to(sae.W_enc.dtype))
-    activation = (values * (indices == latent)).sum(-1)
+    code = sae.encode(rows)
+    activation = (code.values * (code.indices == latent)).sum(-1)
     return Example(
         document=store.windows.documents[window],
         tokens=[text[t] for t in store.windows.tokens[window, low:high].tolist()],

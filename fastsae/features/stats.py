@@ -41,7 +41,7 @@ class FeatureStats:
         """
         values, indices = values.detach().float().cpu(), indices.long().cpu()
         self.n_tokens += places.numel()
-        active = values > 0
+        active = values != 0
         windows = torch.arange(places.shape[0])[:, None, None].expand_as(indices)[active]
         spots = places[:, :, None].expand_as(indices)[active]
         value, latent = values[active], indices[active]
@@ -54,7 +54,7 @@ class FeatureStats:
         # the strongest place of every (latent, window), the first of equals: [F, B]
         n_latents, n_windows = len(self.count), places.shape[0]
         group = latent * n_windows + windows
-        best = torch.zeros(n_latents * n_windows, dtype=torch.float32)
+        best = value.new_full((n_latents * n_windows,), -torch.inf)
         best.scatter_reduce_(0, group, value, "amax")
         strongest = value == best[group]
         nowhere = torch.iinfo(torch.long).max

@@ -59,9 +59,9 @@ class TokenMass:
     def update(self, values: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor) -> None:
         """values, indices [N, K]; tokens [N], the token that each row's activation counts for."""
         values, indices = values.detach().double().cpu(), indices.long().cpu()
-        active = values > 0
+        active = values != 0
         self._keys.append((indices * self.shape[1] + tokens[:, None])[active])
-        self._mass.append(values[active])
+        self._mass.append(values[active].abs())
         self._waiting += len(self._mass[-1])
         if self._waiting > self._limit:
             self._merge()

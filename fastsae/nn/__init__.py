@@ -1,5 +1,16 @@
 """Sparse autoencoders as modules over `fastsae.ops`."""
 
-from .topk_sae import TopKSAE
+from .base import CoderConfig, SparseCoder
+from .code import Code, Loss, fvu
+from .description import Description, MaxActivations
+from .topk import TopKConfig, TopKSAE
 
-__all__ = ["TopKSAE"]
+# By the tag in their files: one line for each.
+ARCHITECTURES: dict[str, type[SparseCoder]] = {
+    "topk": TopKSAE,
+}
+
+__all__ = [
+    "ARCHITECTURES", "Code", "CoderConfig", "Description", "Loss", "MaxActivations", "SparseCoder",
+    "TopKConfig", "TopKSAE", "fvu",
+]  # fmt: skip

@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from logging import ERROR, getLogger
 from pathlib import Path
 from statistics import median
@@ -17,17 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import write_text_atomic
 from ..features.cards import Card, choose_latents, make_card, score_latents
 from ..features.stats import FeatureStats
 from ..features.tokens import TokenMass, TokenText, is_word, logit_effect
 from ..nn import TopKSAE
-from ..nn._files import write_text_atomic
+from ..nn.description import MAX_ACTIVATION, MaxActivations
 from ..optim import FusedAdam
-from ..steer.describe import MAX_ACTIVATION, MaxActivations
 from ..train.activations import Store, Windows, blocks_of, collect, find_site, windows_of
 from ..train.evaluate import Reconstruction, SpliceLoss, reconstruction, splice_loss
 from ..train.plain import PlainTopKStep
 from ..train.text import stdlib_documents
+from ..train.trainer import TrainConfig, Trainer, shuffled
 from .settings import EMBEDDED_MODEL, QuickstartError, Settings
 from .steering import Steering, steer
 
@@ -292,84 +294,57 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
     width = store.activations.shape[1]
     d_sae = settings.d_sae or 8 * width
     batch_size = min(settings.batch_size, len(store))
-    device = store.activations.device
-    generator = torch.Generator().manual_seed(settings.seed + 1)
     try:
-        sae = TopKSAE(width, d_sae, settings.k, device=device, seed=settings.seed)
+        sae = TopKSAE(
+            width, d_sae, settings.k, aux_coefficient=settings.aux_weight, k_aux=settings.k_aux,
+            dead_after=settings.dead_after, device=store.activations.device, seed=settings.seed,
+        )  # fmt: skip
     except ValueError as error:
         raise QuickstartError(_one_line(error)) from error
     sae.initialize_from_data(store.activations, seed=settings.seed)
-    # The loss is the FVU, so that one learning rate and one curve fit every model.
-    mean = store.activations[:65536].mean(0)
-    variance = (store.activations[:65536] - mean).square().mean()
-    optimizer = FusedAdam(sae.parameters(), lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _schedule(step, settings.steps)
-    )
-
-    def fused_step(x: torch.Tensor, aux: float = 0.0) -> torch.Tensor:
-        reconstruction = sae(x)
-        loss = (reconstruction - x).square().mean() / variance
-        total = loss
-        if aux:  # revives latents that have not fired for a while
-            total = loss + aux * sae.aux_loss(
-                x, reconstruction, k_aux=settings.k_aux, dead_after=settings.dead_after
-            )
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    curve: list[tuple[int, float]] = []
-    every = max(1, settings.steps // 120)
-    recent: list[torch.Tensor] = []
-    warm = min(10, settings.steps // 4)
-    sae.train()
-    start = time.perf_counter()
+    config = TrainConfig(
+        settings.steps, settings.lr, warmup=max(1, round(0.03 * settings.steps)), decay=0.4,
+        log_every=max(1, settings.steps // 120),
+    )  # fmt: skip
+    trainer = Trainer(sae, config)
+    batches = shuffled(store.activations, batch_size, seed=settings.seed + 1)
     with progress("Training the SAE", settings.steps * batch_size) as advance:
-        batches = store.shuffled(batch_size, settings.steps, generator)
-        for step, x in enumerate(batches):
-            if step == warm:
-                start = time.perf_counter()
-            recent.append(fused_step(x, settings.aux_weight))
-            schedule.step()
-            if (step + 1) % every == 0:
-                loss = float(torch.stack(recent).mean())
-                curve.append(((step + 1) * batch_size, loss))
-                recent.clear()
-                advance(every * batch_size)
-    elapsed = time.perf_counter() - start
-    trained = (settings.steps - warm) * batch_size
-
-    # The comparison continues from the trained weights on a copy, so that it changes nothing.
-    kept = {name: p.detach().clone() for name, p in sae.state_dict().items()}
-    plain = PlainTopKStep(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, settings.lr)
-    times: tuple[list[float], list[float]] = ([], [])
-    with progress("Timing against plain PyTorch", 2 * settings.plain_steps) as advance:
-        batches = store.shuffled(batch_size, settings.plain_steps, generator)
-        for i, x in enumerate(batches):
-            functions: tuple[Callable[[torch.Tensor], Any], ...] = (fused_step, plain)
-            for which, step_function in enumerate(functions):
-                begin = time.perf_counter()
-                step_function(x)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if i >= min(3, settings.plain_steps - 1):  # the first ones warm up
-                    times[which].append(1000 * (time.perf_counter() - begin))
-                advance(1)
-    optimizer.release()
-    sae.load_state_dict(kept)
+        records = trainer.fit(
+            batches, on_log=lambda r: advance(min(config.log_every, settings.steps) * batch_size)
+        )
+    step_ms, plain_step_ms = compare_steps(settings, sae, batches, progress)
+    assert isinstance(trainer.optimizer, FusedAdam)
+    trainer.optimizer.release()
     sae.eval().requires_grad_(False)
+    settled = records[2:] if len(records) > 4 else records  # the first steps warm up
+    seconds = sum(config.log_every * batch_size / r.tokens_per_s for r in settled)
     return Training(
-        sae, curve, settings.steps * batch_size, trained / elapsed,
-        median(times[0]), median(times[1]),
+        sae, [(r.tokens, r.fvu) for r in records], trainer.tokens,
+        len(settled) * config.log_every * batch_size / seconds, step_ms, plain_step_ms,
     )  # fmt: skip
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up over 3% of the steps, linear decay over the last 40%."""
-    warm = max(1, round(0.03 * steps))
-    return min(1.0, (step + 1) / warm, (steps - step) / (0.4 * steps))
+def compare_steps(
+    settings: Settings, trained: TopKSAE, batches: Iterator[torch.Tensor], progress: Progress
+) -> tuple[float, float]:
+    """Medians in ms of the fused step and of plain PyTorch's, both on copies of the weights."""
+    sae = TopKSAE(replace(trained.config, aux_coefficient=0.0), device=trained.W_dec.device)
+    sae.load_state_dict(trained.state_dict())
+    fused = Trainer(sae, TrainConfig(settings.plain_steps, settings.lr, warmup=0))
+    plain = PlainTopKStep(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, settings.lr)
+    steps: tuple[Callable[[torch.Tensor], Any], ...] = (fused.step, plain)
+    times: tuple[list[float], list[float]] = ([], [])
+    with progress("Timing against plain PyTorch", 2 * settings.plain_steps) as advance:
+        for i, x in enumerate(islice(batches, settings.plain_steps)):
+            for spent, step in zip(times, steps):
+                begin = time.perf_counter()
+                step(x)
+                if x.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i >= min(3, settings.plain_steps - 1):  # the first ones warm up
+                    spent.append(1000 * (time.perf_counter() - begin))
+                advance(1)
+    return median(times[0]), median(times[1])
 
 
 @torch.no_grad()
@@ -416,7 +391,7 @@ def study_latents(
             last = min(first + step, n_windows)
             places = torch.arange(first * per_window, last * per_window).view(-1, per_window)
             x = store.activations[first * per_window : last * per_window]
-            values, indices = sae.encode(x.view(last - first, per_window, -1))
+            values, indices, _ = sae.encode(x.view(last - first, per_window, -1))
             stats.update(values, indices, places)
             here = tokens[first:last]
             fires.update(values.flatten(0, 1), indices.flatten(0, 1), here.reshape(-1))

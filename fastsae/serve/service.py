@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..features.tokens import TokenText
-from ..steer import SAEDescription
+from ..nn import Description
 from ..steer.operations import Operation
 from .engine import ClosedError, Engine, Event, Row, Sampling
 from .protocol import Limits, Sampled, operations
@@ -100,7 +100,7 @@ class Service:
         name: str,
         tokenizer: Any,
         engine: Engine,
-        sae: SAEDescription | None,
+        sae: Description | None,
         readout: torch.Tensor | None,
         limits: Limits,
         context: int,

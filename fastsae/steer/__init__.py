@@ -1,8 +1,9 @@
 """Steering a language model: an SAE's latents, or any direction, turned up or down as it runs."""
 
+from ..nn import Description, MaxActivations
 from . import positions
 from .attach import Steerer, attach
-from .describe import MaxActivations, SAEDescription, describe
+from .describe import describe
 from .operations import (
     Gate,
     Operation,
@@ -26,12 +27,12 @@ from .vectors import (
 )
 
 __all__ = [
+    "Description",
     "Everywhere",
     "Gate",
     "MaxActivations",
     "Operation",
     "Program",
-    "SAEDescription",
     "Steerer",
     "ablate",
     "ablate_direction",

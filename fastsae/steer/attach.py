@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from .. import _steer_codes as codes
+from ..nn import Description
 from ..ops.steer import Prepared, steer
 from ..ops.topk_member import Prepared as PreparedMember
 from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
 from ..train.activations import find_site, output_of
-from .describe import SAEDescription, describe
+from .describe import describe
 from .operations import MAX_UNIT, Gate, Operation, Program
 from .positions import Positions, past_length, prompt_and_generated, token_mask
 
@@ -52,6 +53,7 @@ def attach(
 
     Raises:
         ValueError: no such site, or it is attached already (`detach` the other first).
+        NotImplementedError: the SAE is a transcoder.
     """
     name, module = find_site(model, layer, hook)
     if inputs in _taken.get(module, ()):
@@ -73,7 +75,7 @@ class Steerer:
     def __init__(
         self,
         model: nn.Module,
-        sae: SAEDescription | None,
+        sae: Description | None,
         name: str,
         module: nn.Module,
         inputs: bool,
@@ -86,6 +88,11 @@ class Steerer:
         config = getattr(model, "config", None)
         if sae is not None:
             width = sae.W_dec.shape[1]
+            if sae.W_enc.shape[1] != width:
+                raise NotImplementedError(
+                    f"attach: a transcoder reads {sae.W_enc.shape[1]} and writes {width} wide "
+                    "activations at two sites; one site can be steered"
+                )
         else:
             text = config.get_text_config() if config is not None else None
             if text is None:
@@ -316,7 +323,7 @@ class Steerer:
             )
         return value * float(sae.max_activation.values[latent])
 
-    def _described(self, latent: int) -> SAEDescription:
+    def _described(self, latent: int) -> Description:
         if self.sae is None:
             raise ValueError(f"steer: latent {latent} at {self.site}, which has no SAE attached")
         if latent >= len(self.sae.W_dec):

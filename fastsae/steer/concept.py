@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..features.tokens import TokenMass, TokenText, is_word, logit_effect, own_tokens
+from ..nn import SparseCoder
 from ..train.activations import Store
-from ..train.evaluate import SparseCoder
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def latent_words(
     effect = logit_effect(model, sae.W_dec[latent : latent + 1])[0].cpu()
     fires = TokenMass(1, len(effect))
     for rows, here in zip(store.activations.split(8192), tokens.split(8192)):
-        values, indices = sae.encode(rows.to(sae.W_enc.dtype))
-        active = (values * (indices == latent)).sum(-1, keepdim=True)
+        code = sae.encode(rows)
+        active = (code.values * (code.indices == latent)).sum(-1, keepdim=True)
         fires.update(active, torch.zeros_like(active, dtype=torch.long), here)
     counts = torch.bincount(tokens, minlength=len(effect))
     text = TokenText(tokenizer)

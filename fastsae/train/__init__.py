@@ -1,1 +1,5 @@
-"""Training: text, activations, evaluation. Import the submodules; importing this costs nothing."""
+"""Training of sparse coders. Text and activations are submodules of their own."""
+
+from .trainer import TrainConfig, Trainer, train_sae
+
+__all__ = ["TrainConfig", "Trainer", "train_sae"]

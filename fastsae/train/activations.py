@@ -247,20 +247,6 @@ class Store:
     def __len__(self) -> int:
         return self.activations.shape[0]
 
-    def shuffled(
-        self, batch_size: int, steps: int, generator: torch.Generator
-    ) -> Iterator[torch.Tensor]:
-        """`steps` batches [batch_size, D], a fresh order every epoch, no row twice in an epoch."""
-        if batch_size > len(self):
-            raise ValueError(f"shuffled: batch_size {batch_size} exceeds the {len(self)} rows")
-        order, at = torch.empty(0, dtype=torch.long), 0
-        for _ in range(steps):
-            if at + batch_size > len(order):
-                order, at = torch.randperm(len(self), generator=generator), 0
-            rows = order[at : at + batch_size].to(self.activations.device)
-            yield self.activations.index_select(0, rows)
-            at += batch_size
-
 
 def collect(
     model: nn.Module,

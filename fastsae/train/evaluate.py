@@ -5,31 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ..nn import SparseCoder
 from .activations import Windows, edited
-
-
-class SparseCoder(Protocol):
-    """What the functions here need of an SAE (`fastsae.nn.TopKSAE` has it)."""
-
-    @property
-    def W_enc(self) -> torch.Tensor: ...
-    @property
-    def W_dec(self) -> torch.Tensor: ...
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def decode(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Reconstruction:
     """Attributes:
     fvu: fraction of variance unexplained, sum |x - x̂|² / sum |x - mean(x)|².
-    l0: mean number of positive latents per token.
+    l0: mean number of latents per token that fire, whose value is not 0.
     dead_fraction: share of latents that fire on none of the tokens.
     tokens: tokens measured on.
     """
@@ -52,15 +42,16 @@ def reconstruction(sae: SparseCoder, batches: Iterable[torch.Tensor]) -> Reconst
     residual = torch.zeros((), dtype=torch.float64)
     square = torch.zeros((), dtype=torch.float64)
     total: torch.Tensor | None = None
-    fired = torch.zeros(sae.W_dec.shape[0], dtype=torch.bool)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     for x in batches:
-        values, indices = sae.encode(x)
-        error = (x - sae.decode(values, indices)).double()
+        code = sae.encode(x)
+        error = (x - sae.decode(code)).double()
         residual += error.square().sum().cpu()
         square += x.double().square().sum().cpu()
         total = x.double().sum(0).cpu() + (0 if total is None else total)
-        active += int((values > 0).sum())
-        fired[indices[values > 0].long().cpu()] = True
+        fires = code.values != 0
+        active += int(fires.sum())
+        fired[code.indices[fires].long().cpu()] = True
         n += x.shape[0]
     if total is None:
         raise ValueError("reconstruction: no activations to measure on")
@@ -137,8 +128,7 @@ def splice_loss(
         return edited(module, edit)
 
     def spliced(x: torch.Tensor) -> torch.Tensor:
-        values, indices = sae.encode(x.to(sae.W_enc.dtype))
-        return sae.decode(values, indices).to(x.dtype)
+        return sae(x).to(x.dtype)
 
     clean = cross_entropy(model, windows, progress=progress)
     with_sae = cross_entropy(model, windows, replaced(spliced), progress=progress)

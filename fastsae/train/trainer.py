@@ -1,9 +1,10 @@
-"""A plain training loop for SAEs: schedule, AuxK, metrics, resumable checkpoints."""
+"""A plain training loop for sparse coders: schedule, metrics, resumable checkpoints."""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ..nn import TopKSAE
-from ..nn._files import write_atomic
+from .._config import make_plain
+from .._files import write_atomic
+from ..nn import SparseCoder, fvu
 from ..optim import FusedAdam
 from ..reference.moments import FORMATS
 from .ahead import DeadBound, prefetched, rounded
@@ -23,7 +25,10 @@ _FORMAT, _VERSION = "fastsae.Trainer", 1
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is, apart from its data. benchmarks/NOTES.md, Quality, justifies the defaults."""
+    """What a run is, apart from its data and the coder, whose own config holds its loss.
+
+    benchmarks/NOTES.md, Quality, justifies the defaults.
+    """
 
     steps: int
     lr: float = 1e-3
@@ -32,20 +37,16 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     lazy: bool = False
-    aux_coefficient: float = 1 / 32  # 0: no AuxK
-    k_aux: int = 256
-    dead_after: int = 10_000_000  # tokens; take a tenth of a short run's
     log_every: int = 50
     moments: str = "fp32"  # how FusedAdam stores them: fp32, bf16 or 8bit
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, ok in (
             ("steps", self.steps >= 1),
             ("lr", self.lr > 0),
             ("warmup", self.warmup >= 0),
             ("decay", 0 <= self.decay <= 1),
-            ("k_aux", self.k_aux >= 1),
-            ("dead_after", self.dead_after >= 1),
             ("log_every", self.log_every >= 1),
             ("moments", self.moments in FORMATS),
         ):
@@ -66,29 +67,29 @@ class Metrics:
 
     step: int  # steps done
     tokens: int
-    loss: float  # fvu + aux_coefficient * AuxK
+    loss: float  # the total
     fvu: float  # of the training batches
-    l0: float  # positive latents per token
-    dead_fraction: float  # of latents that did not fire in the last dead_after tokens
+    l0: float  # latents per token that fire
+    dead_fraction: float  # of latents, by the coder's `dead_after`
     tokens_per_s: float
     lr: float
 
 
 class Trainer:
-    """Trains one SAE (one in bf16 or fp16 by fp32 masters). The loss is the batch's FVU plus AuxK.
+    """Trains one coder (one in bf16 or fp16 by fp32 masters) to minimise its `loss`.
 
-        trainer = Trainer(sae, TrainConfig(steps=1500, dead_after=200_000))
+        trainer = Trainer(sae, TrainConfig(steps=1500))
         trainer.fit(shuffled(activations, 2048, seed=0), progress=True)
 
     Args:
-        sae: a `TopKSAE`, or a module with its `encode`, `decode` and `aux_loss`.
+        sae: any `SparseCoder`.
         config: the run.
         optimizer: `FusedAdam` with the config's settings when None. Its lr is set every step.
     """
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SparseCoder,
         config: TrainConfig,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
@@ -105,7 +106,7 @@ class Trainer:
         self._project = optimizer is not None and not isinstance(optimizer, FusedAdam)
         self.step_count = 0
         self.tokens = 0
-        self._dead = DeadBound(config.dead_after)
+        self._dead = DeadBound(sae.config.dead_after)
 
     def step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step on a batch [..., D]; returns loss, fvu and l0 as scalar tensors."""
@@ -117,36 +118,32 @@ class Trainer:
             else:
                 group["lr"] = rate
         n = x.shape[:-1].numel()
-        values, indices = self.sae.encode(x)
-        out = self.sae.decode(values, indices)
-        error = fvu(x, out)
-        loss = error
-        if config.aux_coefficient:
-            aux = self._aux_loss(x, out, n)
-            loss = error + config.aux_coefficient * aux
-        loss.backward()
+        loss = self.sae.loss(x, most_dead=self._most_dead(x, n))
+        loss.total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self._project and self.sae.normalize_decoder:
+        if self._project and self.sae.config.normalize_decoder:
             self.sae.normalize_decoder_()
         self.step_count += 1
         self.tokens += n
-        l0 = (values.detach() > 0).sum().float() / max(n, 1)
-        return loss.detach(), error.detach(), l0
+        l0 = (loss.code.values.detach() != 0).sum().float() / max(n, 1)
+        error = loss.terms.get("fvu")
+        if error is None:
+            error = fvu(x, loss.reconstruction.detach())
+        return loss.total.detach(), error.detach(), l0
 
-    def _aux_loss(self, x: torch.Tensor, out: torch.Tensor, n: int) -> torch.Tensor:
-        """On a GPU without waiting for the number of dead latents. Lazy steps need it exactly."""
-        config = self.config
-        options: dict[str, Any] = {"k_aux": config.k_aux, "dead_after": config.dead_after}
-        if x.device.type == "cuda" and isinstance(self.sae, TopKSAE) and not config.lazy:
-            options["capacity"] = self._capacity(n)
-        return self.sae.aux_loss(x, out, **options)
+    def _most_dead(self, x: torch.Tensor, n: int) -> int | None:
+        """A bound, so that nothing waits for a GPU to count them. Lazy steps need the count."""
+        if x.device.type != "cuda" or self.config.lazy:
+            return None
+        return self._bound(n)
 
-    def _capacity(self, n: int) -> int:
+    def _bound(self, n: int) -> int:
         d_sae = self.sae.d_sae
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return d_sae  # a replay must hold for any number
-        bound = self._dead.update(self.sae.tokens_since_fired(), self.tokens + n, n)
+        # the batch that comes counts as seen, and as having fired nothing: a bound all the same
+        bound = self._dead.update(self.sae.tokens_since_fired() + n, self.tokens + n, n)
         return rounded(bound, d_sae)
 
     def fit(
@@ -169,6 +166,9 @@ class Trainer:
 
         Returns:
             The records.
+
+        Warns:
+            UserWarning: the batches ended before `config.steps` steps were done.
         """
         self.sae.train()
         config = self.config
@@ -177,6 +177,7 @@ class Trainer:
         sums: list[torch.Tensor] = []
         start, tokens = time.perf_counter(), self.tokens
         bar = _bar(config.steps, self.step_count) if progress else None
+        saved = -1
         wanted = islice(batches, max(0, config.steps - self.step_count))
         for x in prefetched(wanted, device):
             sums.append(torch.stack(self.step(x)))
@@ -196,6 +197,14 @@ class Trainer:
                 bar.update()
             if checkpoint is not None and (self.step_count % checkpoint_every == 0 or last):
                 self.save(checkpoint)
+                saved = self.step_count
+        if self.step_count < config.steps:
+            warnings.warn(
+                f"Trainer.fit: the batches ended after {self.step_count} of {config.steps} steps",
+                stacklevel=2,
+            )
+            if checkpoint is not None and saved != self.step_count:
+                self.save(checkpoint)
         if sums:
             records.append(self._record(sums, tokens, start))
             if on_log is not None:
@@ -206,7 +215,7 @@ class Trainer:
 
     def _record(self, sums: list[torch.Tensor], tokens: int, start: float) -> Metrics:
         loss, error, l0 = torch.stack(sums).float().mean(0).tolist()
-        dead = self.sae.dead_latents(self.config.dead_after).numel() / self.sae.d_sae
+        dead = self.sae.dead_latents().numel() / self.sae.d_sae
         rate = (self.tokens - tokens) / max(time.perf_counter() - start, 1e-9)
         lr = self.config.lr_at(self.step_count - 1)
         return Metrics(self.step_count, self.tokens, loss, error, l0, dead, rate, lr)
@@ -219,6 +228,8 @@ class Trainer:
             "format": _FORMAT,
             "format_version": _VERSION,
             "config": asdict(self.config),
+            "sae_config": self._sae_config(),
+            "optimizer_class": self._optimizer_name(),
             "step_count": self.step_count,
             "tokens": self.tokens,
             "sae": self.sae.state_dict(),
@@ -250,9 +261,10 @@ class Trainer:
                 f"{_VERSION}"
             )
         # fields that are newer than the file had their default then
-        saved = asdict(TrainConfig(1)) | state["config"]
+        here = {**asdict(self.config), **self._sae_config(), "optimizer": self._optimizer_name()}
+        saved = here | asdict(TrainConfig(1)) | state["config"] | state.get("sae_config", {})
+        saved["optimizer"] = state.get("optimizer_class", here["optimizer"])
         saved["betas"] = tuple(saved["betas"])
-        here = asdict(self.config)
         differ = [k for k in here if saved.get(k) != here[k] and k != "log_every"]
         if differ:
             pairs = ", ".join(f"{k} {saved.get(k)!r} (here {here[k]!r})" for k in differ)
@@ -263,11 +275,17 @@ class Trainer:
             raise ValueError(f"{path}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_count, self.tokens = state["step_count"], state["tokens"]
-        self._dead = DeadBound(self.config.dead_after)
+        self._dead = DeadBound(self.sae.config.dead_after)
+
+    def _optimizer_name(self) -> str:
+        return type(self.optimizer).__name__
+
+    def _sae_config(self) -> dict[str, Any]:
+        return {"architecture": self.sae.config.architecture, **asdict(self.sae.config)}
 
 
 def train_sae(
-    sae: TopKSAE,
+    sae: SparseCoder,
     data: torch.Tensor | Iterable[torch.Tensor],
     *,
     batch_size: int = 2048,
@@ -312,17 +330,6 @@ def shuffled(
         for i in range(at, per_epoch):
             yield data[order[i * batch_size : (i + 1) * batch_size].to(data.device)]
         epoch, at = epoch + 1, 0
-
-
-def fvu(x: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-    r"""Fraction of variance unexplained, :math:`\sum \|x - \hat x\|^2 / \sum \|x - \bar x\|^2`.
-
-    Over all tokens of x [..., D], a scalar in fp32 or wider; differentiable.
-    """
-    acc = torch.promote_types(x.dtype, torch.float32)
-    x = x.reshape(-1, x.shape[-1]).to(acc)
-    error = (x - reconstruction.reshape(x.shape)).square().sum()
-    return error / (x - x.mean(0)).square().sum().clamp_min(1e-12)
 
 
 def _bar(total: int, done: int) -> Any:

@@ -1,4 +1,4 @@
-"""A module on disk: config.json and sae.safetensors in one directory, written atomically."""
+"""Tensors and their config on disk: config.json and sae.safetensors, written atomically."""
 
 from __future__ import annotations
 
@@ -59,23 +59,62 @@ def save(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Writes both files. `load` finds a crash between the two renames: the save ids differ."""
+    """Writes both files. `load` finds a crash between the two renames: the save ids differ.
+
+    One tensor under several names is written once and is one again when loaded. What can fail fails
+    before anything in the directory changes.
+
+    Raises:
+        TypeError: `config` holds what JSON cannot.
+        ValueError: two tensors share a part of their memory.
+    """
     from safetensors.torch import save_file
 
     save_id = uuid.uuid4().hex
+    kept, tied = _tied(tensors)
     header = {"format": kind, "format_version": VERSION, "save_id": save_id, **config}
-    where = Path(directory)
-    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-    metadata = {"format": kind, "format_version": str(VERSION), "save_id": save_id}
-    write_atomic(where / WEIGHTS, lambda p: save_file(contiguous, p, metadata=metadata))
+    if tied:
+        header["tied"] = tied
     text = json.dumps(header, indent=2) + "\n"
+    where = Path(directory)
+    metadata = {"format": kind, "format_version": str(VERSION), "save_id": save_id}
+    write_atomic(where / WEIGHTS, lambda p: save_file(kept, p, metadata=metadata))
     write_text_atomic(where / CONFIG, text)
 
 
+def _tied(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor once, contiguous; and which further names stand for which."""
+    kept: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        for other in kept:
+            first = tensors[other]
+            if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                continue
+            if not tensor.numel() or not first.numel():
+                continue
+            if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) == (
+                first.data_ptr(), first.shape, first.stride(), first.dtype,
+            ):  # fmt: skip
+                tied[name] = other
+                break
+            raise ValueError(
+                f"save: {name} and {other} share memory but are not the same tensor; clone one"
+            )
+        else:
+            kept[name] = tensor.detach().contiguous()
+    return kept, tied
+
+
 def load(
-    directory: str | os.PathLike[str], kind: str, device: str | torch.device
+    directory: str | os.PathLike[str], kinds: str | tuple[str, ...], device: str | torch.device
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The config and the tensors of a directory that `save` wrote.
+    """The config, with its "format", and the tensors of a directory that `save` wrote.
+
+    Args:
+        kinds: formats that are taken, the newest first.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -84,20 +123,23 @@ def load(
     """
     from safetensors import SafetensorError, safe_open
 
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
     where = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (where / name).is_file():
             raise FileNotFoundError(
-                f"{where / name}: no such file; {kind} needs {CONFIG}, {WEIGHTS}"
+                f"{where / name}: no such file; {kinds[0]} needs {CONFIG}, {WEIGHTS}"
             )
     path = where / CONFIG
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: truncated or not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != kind:
-        found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise ValueError(f"{path}: format is {found!r}, expected {kind!r}: not a {kind} checkpoint")
+    kind = header.get("format") if isinstance(header, dict) else type(header).__name__
+    if not isinstance(header, dict) or kind not in kinds:
+        raise ValueError(
+            f"{path}: format is {kind!r}, expected {kinds[0]!r}: not a {kinds[0]} checkpoint"
+        )
     version = header.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(
@@ -116,6 +158,10 @@ def load(
             f"{path}: not the weights that {CONFIG} describes (another format, or an interrupted "
             "save)"
         )
-    for key in ("format", "format_version", "save_id"):
+    for key in ("format_version", "save_id"):
         header.pop(key, None)
+    for name, other in header.pop("tied", {}).items():
+        if other not in tensors:
+            raise ValueError(f"{where / CONFIG}: ties {name!r} to {other!r}, which is not there")
+        tensors[name] = tensors[other]
     return header, tensors
