@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _harness as h
 
 from fastsae.bench.timing import WallClock
+from fastsae.lm.sites import edited, find_site
 from fastsae.steer import Description, Program, attach, clamp
-from fastsae.train.activations import edited, find_site
 
 NAME = "generate"
 F, K, LAYER, PROMPT_TOKENS = 2048, 24, 2, 24
@@ -44,10 +44,9 @@ UNSTEERED, AGAIN = "unsteered", "unsteered again"
 
 
 def embedded() -> tuple[Any, int]:
-    from fastsae.quickstart.pipeline import load_subject
-    from fastsae.quickstart.settings import Settings
+    from fastsae.lm.load import load_subject
 
-    model = load_subject(Settings()).model
+    model = load_subject().model
     return model, model.config.hidden_size
 
 

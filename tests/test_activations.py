@@ -7,15 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae.train.activations import (
-    Windows,
-    activations_at,
-    collect,
-    edited,
-    find_site,
-    stream_activations,
-    windows_of,
-)
+from fastsae.lm.harvest import Windows, activations_at, collect, stream_activations, windows_of
+from fastsae.lm.sites import edited, find_site
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,6 +14,7 @@ from small_models import FAMILIES, SLIDING, D, V, tiny
 
 import fastsae
 from fastsae import _library
+from fastsae.lm.sites import edited, find_site
 from fastsae.steer import (
     Description,
     MaxActivations,
@@ -29,7 +30,6 @@ from fastsae.steer import (
     project_out,
     scale,
 )
-from fastsae.train.activations import edited, find_site
 
 pytest.importorskip("transformers")
 
@@ -124,7 +124,7 @@ def test_every_token_is_edited_the_first_generated_one_too(gpt2):
     steerer = attach(gpt2, None, layer=LAYER)
     seen = []
     gpt2.transformer.h[LAYER].register_forward_hook(
-        lambda m, a, out: seen.append(fastsae.train.activations.output_of(out).clone())
+        lambda m, a, out: seen.append(fastsae.lm.sites.output_of(out).clone())
     )
     vector = randn(D, seed=2)
     with steerer.steer([[add_vector(vector)]]):
@@ -279,7 +279,7 @@ def test_two_features_add_up_and_gates_read_the_clean_activation(gpt2):
     def states(program):
         caught = []
         handle = site.register_forward_hook(
-            lambda m, a, out: caught.append(fastsae.train.activations.output_of(out).clone())
+            lambda m, a, out: caught.append(fastsae.lm.sites.output_of(out).clone())
         )
         if program is None:
             gpt2(ids)
@@ -681,7 +681,7 @@ def test_a_low_precision_model_is_edited_with_one_rounding(gpt2, dtype, kind):
     W, b, W_dec, b_dec = (randn(*s, seed=i).to(dtype) / 4 for i, s in enumerate(shapes))
     sae = Description(W, b, W_dec, b_dec, kind, subtract_b_dec=True, k=5)
     steerer, seen = attach(gpt2.to(dtype), sae, layer=LAYER), []
-    keep = lambda m, a, out: seen.append(fastsae.train.activations.output_of(out))  # noqa: E731
+    keep = lambda m, a, out: seen.append(fastsae.lm.sites.output_of(out))  # noqa: E731
     for first in (True, False):
         steerer._module.register_forward_hook(keep, prepend=first)
     with steerer.steer([[clamp(3, 6.0), *(scale(j, 0.5) for j in range(8, 30))]]):

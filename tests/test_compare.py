@@ -10,6 +10,7 @@ import torch
 from conftest import generator, randn
 from small_models import D, V, tiny
 
+from fastsae.lm.harvest import Store, Windows
 from fastsae.nn import TopKSAE
 from fastsae.nn.description import MAX_ACTIVATION
 from fastsae.steer import MaxActivations, add_vector, attach, concept
@@ -28,7 +29,6 @@ from fastsae.steer.compare import (
     perplexity,
 )
 from fastsae.steer.sweep import Sampling, sample
-from fastsae.train.activations import Store, Windows
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import fastsae
-from fastsae.train.text import stdlib_documents
+from fastsae.lm.text import stdlib_documents
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,7 +9,7 @@ import fastsae
 from fastsae.features.cards import Scores, choose_latents, make_example
 from fastsae.features.stats import FeatureStats
 from fastsae.features.tokens import TokenMass
-from fastsae.train.activations import Store, Windows
+from fastsae.lm.harvest import Store, Windows
 
 W, T, K, F = 7, 11, 3, 9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -52,6 +53,78 @@ def test_every_kernel_file_registers_its_op():
 def test_private_and_public_schemas_cover_the_same_ops():
     public = {op.removesuffix("_") for op in _library.PUBLIC_SCHEMAS}  # steer_ is steer in place
     assert public == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
+
+
+# Imports only go down this list; what stands in one row does not import one another.
+FLOORS = (
+    {"__main__"},
+    {"cli"},
+    {"quickstart", "serve", "bench"},
+    {"steer"},
+    {"features"},
+    {"train"},
+    {"lm"},
+    {"nn"},
+    {"optim"},
+    {"verify"},
+    {"ops"},
+    {"info"},
+    {"_dispatch"},
+    {"reference", "triton_kernels", "_verified", "_isolated"},
+    {"_library", "_files", "_config", "_errors", "_memory"},
+    {"_steer_codes", "_version", "_warnings"},
+)
+# Laws of their own: what a part may not know, although it lies below.
+UNKNOWN = {
+    "steer": {"train"},
+    "features": {"train"},
+    "serve": {"train", "features", "quickstart"},
+    "lm": {"train"},
+    "nn": {"lm"},
+}
+
+
+def imported():
+    """(file, its part, the part it imports), relative imports of the package."""
+    for path in sorted((ROOT / "fastsae").rglob("*.py")):
+        parts = path.relative_to(ROOT / "fastsae").with_suffix("").parts
+        if parts[0] in ("triton_kernels", "__init__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                inside = parts[: len(parts) - node.level]
+                full = [*inside, *(node.module or "").split(".")] if node.module else [*inside]
+                for name in [full[0]] if full else [a.name for a in node.names]:
+                    if name != parts[0]:
+                        yield "/".join(parts), parts[0], name
+
+
+def test_imports_go_down():
+    floor = {part: i for i, parts in enumerate(FLOORS) for part in parts}
+    # a check in a process of its own, looked up when one is due
+    found = [(f, a, b) for f, a, b in imported() if (a, b) != ("_dispatch", "verify")]
+    assert len(found) > 100
+    wrong = [f"{f} imports {b}" for f, a, b in found if floor[a] >= floor[b]]
+    wrong += [f"{f} imports {b}" for f, a, b in found if b in UNKNOWN.get(a, ())]
+    wrong += [f for f, _, b in found if b == "quickstart" and f != "cli/quickstart"]
+    assert not wrong
+
+
+def test_training_knows_no_architecture():
+    for path in (ROOT / "fastsae" / "train").glob("*.py"):
+        assert path.name == "plain.py" or "TopK" not in path.read_text(), path.name
+
+
+def test_every_architecture_has_a_file_of_its_own():
+    from fastsae.nn import ARCHITECTURES
+
+    files = {kind.__module__: kind for kind in ARCHITECTURES.values()}
+    assert len(files) == len(ARCHITECTURES)
+    for tag, kind in ARCHITECTURES.items():
+        assert kind.config_class.architecture == tag
+        assert (
+            len((ROOT / (kind.__module__.replace(".", "/") + ".py")).read_text().splitlines()) < 300
+        )
 
 
 def test_triton_kernels_refuses_the_top_level_name():

@@ -18,11 +18,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("jinja2")
 
+from fastsae._errors import UserError
+from fastsae.lm.load import EMBEDDED_MODEL, load_subject
 from fastsae.nn import TopKSAE
 from fastsae.quickstart.charts import Series, line_chart, ticks
 from fastsae.quickstart.page import chip, flow, render
-from fastsae.quickstart.pipeline import TIMING_KEYS, load_subject, run, write
-from fastsae.quickstart.settings import EMBEDDED_MODEL, QuickstartError, Settings
+from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
+from fastsae.quickstart.settings import Settings
 from fastsae.steer import MaxActivations
 
 NEEDED = {
@@ -112,8 +114,8 @@ def test_the_hubs_retries_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
-    with pytest.raises(QuickstartError, match="cannot load 'org/none': no network"):
-        load_subject(Settings(model="org/none"))
+    with pytest.raises(UserError, match="cannot load 'org/none': no network"):
+        load_subject("org/none")
     assert shown == [False]
 
 
@@ -244,7 +246,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(QuickstartError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         write(_Result(tmp_path, report_of_nothing() | {"seed": 1}))  # type: ignore[arg-type]
     monkeypatch.undo()
     assert (tmp_path / "report.json").read_text() == old

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastsae.train.text import is_held_out, is_test, stdlib_documents
+from fastsae.lm.text import is_held_out, is_test, stdlib_documents
 
 
 @pytest.mark.parametrize(

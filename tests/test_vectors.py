@@ -10,6 +10,7 @@ import torch
 from conftest import generator, randn
 from small_models import FAMILIES, SLIDING, D, V, tiny
 
+from fastsae.lm.sites import blocks_of, output_of
 from fastsae.nn import TopKSAE
 from fastsae.steer import (
     ablate_direction,
@@ -21,7 +22,6 @@ from fastsae.steer import (
     project_out,
     prompt_activations,
 )
-from fastsae.train.activations import blocks_of, output_of
 
 pytest.importorskip("transformers")
 

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import check_writable, fail, fail_missing
-from .quickstart import progress_bars
+from .progress import progress_bars
 from .steer import load_sae
 
 if TYPE_CHECKING:
-    from ..quickstart.pipeline import Progress, Subject
-    from ..quickstart.settings import Settings
+    from ..lm.harvest import Store, Windows
+    from ..lm.load import Subject
+    from ..lm.text import Progress
     from ..steer.compare import Comparison, Outcome
-    from ..train.activations import Store, Windows
 
 TOKENS = 80_000  # of text that the concept's words and the vector come from
 PROMPTS, PROMPT_TOKENS = 24, 24
 NEUTRAL, NEUTRAL_TOKENS = 8, 128
+HELD_OUT_TOKENS, CONTEXT = 24_576, 256
+MAX_BYTES = 2 << 30  # of activations
 PREFIXES = 4
 STRENGTHS = "0.5,0.75,1,1.25,1.5,2,3"
 
@@ -66,9 +68,8 @@ def compare_steering(
         import transformers  # noqa: F401
     except ImportError as error:
         fail_missing(error)
-    from .._files import write_text_atomic
-    from ..quickstart.pipeline import load_subject, to_json
-    from ..quickstart.settings import QuickstartError, Settings
+    from .._files import json_text, write_text_atomic
+    from ..lm.load import load_subject
     from ..steer import attach, describe
     from ..steer.compare import Trial, compare, plot
     from ..steer.sweep import Sampling
@@ -85,13 +86,10 @@ def compare_steering(
         chosen = [float(s) for s in strengths.split(",")]
     except ValueError:
         fail(f"--strengths must be numbers with commas between, got {strengths!r}")
-    settings = Settings(
-        model=model, device=device, seed=seed, layer=layer, hook=hook, tokens=TOKENS
-    )
     try:
         with progress_bars() as progress:
-            subject = load_subject(settings)
-            text = _Text(settings, subject, progress)
+            subject = load_subject(model, device=device, layer=layer, hook=hook)
+            text = _Text(seed, subject, progress)
             words = _concept(concept, subject, trained, feature, text)
             vector, examples = _vector(subject, positive, negative, words, text)
             if prefix is not None:
@@ -123,10 +121,10 @@ def compare_steering(
             "prefixes": [decode(p) for p in prefixes], **found.as_dict(),
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out / "compare.json", to_json(report))
+        write_text_atomic(out / "compare.json", json_text(report))
         shown = " ".join(repr(t) for t in named[:5]) + (" ..." if len(named) > 5 else "")
         plot(found, out / "compare.png", f"{subject.name}, latent {feature}: {shown}")
-    except (QuickstartError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     _show(found, shown, out)
 
@@ -134,14 +132,17 @@ def compare_steering(
 class _Text:
     """The standard library's text, read when something needs it."""
 
-    def __init__(self, settings: Settings, subject: Subject, progress: Progress) -> None:
-        self._settings, self._subject, self._progress = settings, subject, progress
+    def __init__(self, seed: int, subject: Subject, progress: Progress) -> None:
+        self._seed, self._subject, self._progress = seed, subject, progress
 
     @cached_property
     def _both(self) -> tuple[Windows, Windows]:
-        from ..quickstart.pipeline import read_text
+        from ..lm.text import stdlib_windows
 
-        return read_text(self._settings, self._subject, self._progress)
+        return stdlib_windows(
+            self._subject, tokens=TOKENS, held_out_tokens=HELD_OUT_TOKENS, context=CONTEXT,
+            seed=self._seed, progress=self._progress,
+        )  # fmt: skip
 
     @property
     def held_out(self) -> Windows:
@@ -150,15 +151,14 @@ class _Text:
     @cached_property
     def store(self) -> Store:
         """Activations of the training text."""
-        from ..train.activations import collect
+        from ..lm.harvest import collect
 
         windows, subject = self._both[0], self._subject
         total = windows.tokens.numel()
         with self._progress(f"Harvesting {subject.site}", total) as advance:
             return collect(
-                subject.model, subject.module, windows, max_bytes=self._settings.max_bytes,
-                progress=advance,
-            )  # fmt: skip
+                subject.model, subject.module, windows, max_bytes=MAX_BYTES, progress=advance
+            )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

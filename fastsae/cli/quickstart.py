@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from . import check_writable, fail, fail_missing
+from .progress import progress_bars
 
 if TYPE_CHECKING:
     from ..quickstart.pipeline import Result
@@ -39,8 +37,9 @@ def quickstart(
         import transformers  # noqa: F401
     except ImportError as error:
         fail_missing(error)
+    from .._errors import UserError
     from ..quickstart.pipeline import run, write
-    from ..quickstart.settings import QuickstartError, Settings
+    from ..quickstart.settings import Settings
 
     if layer is not None and hook is not None:
         fail("give --layer or --hook, not both")
@@ -54,59 +53,9 @@ def quickstart(
         with progress_bars() as progress:
             result = run(settings, progress)
         page = write(result)
-    except QuickstartError as error:
+    except UserError as error:
         fail(str(error))
     _summary(result, page)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int], Any]]:
-    """Gives `progress(title, total)`: a context manager whose value advances the bar.
-
-    Where stderr is no terminal, one line per finished step takes the place of the bars.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-    from rich.text import Text
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines
-        return
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            if not speed or (task.total or 0) < 5000:  # only tokens have a rate worth showing
-                return Text("")
-            return Text(f"{speed:>9,.0f} tokens/s", style="cyan")
-
-    with Progress(
-        TextColumn("{task.description:<34}"), BarColumn(30), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), Rate(), console=console,
-    ) as bars:  # fmt: skip
-
-        @contextmanager
-        def step(title: str, total: int) -> Iterator[Callable[[int], None]]:
-            task = bars.add_task(title, total=total)
-            yield lambda n: bars.advance(task, n)
-            bars.update(task, completed=total)
-
-        yield step
-
-
-@contextmanager
-def _lines(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    start = time.perf_counter()
-    yield lambda n: None
-    typer.echo(f"{title}: {time.perf_counter() - start:.1f} s", err=True)
 
 
 def _summary(result: Result, page: Path) -> None:

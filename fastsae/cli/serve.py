@@ -125,9 +125,8 @@ def load_service(
     """Model, SAE and engine, ready to serve."""
     import torch
 
-    from ..features.tokens import logit_effect
-    from ..quickstart.pipeline import load_subject
-    from ..quickstart.settings import QuickstartError, Settings
+    from ..lm.load import load_subject
+    from ..lm.readout import logit_effect
     from ..serve.engine import Engine
     from ..serve.protocol import MAX_OPS
     from ..serve.service import Service, labels_of
@@ -135,14 +134,14 @@ def load_service(
 
     trained, statistics, hook = load_sae(folder, device, layer, hook)
     try:
-        subject = load_subject(Settings(model=model, device=device, layer=layer, hook=hook))
+        subject = load_subject(model, device=device, layer=layer, hook=hook)
         sae = describe(trained, statistics)
         width = len(trained.W_dec[0])
         steerer = attach(
             subject.model, sae, hook=subject.site, max_slots=limits.rows, max_ops=2 * MAX_OPS,
             max_batch=limits.rows,
         )  # fmt: skip
-    except (QuickstartError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
     config: Any = subject.model.config.get_text_config()
     eos = subject.model.generation_config.eos_token_id

@@ -40,16 +40,13 @@ def steer(
         fail_missing(error)
     import torch
 
-    from ..quickstart.pipeline import load_subject
-    from ..quickstart.settings import QuickstartError, Settings
+    from ..lm.load import load_subject
     from ..steer import attach, clamp, describe
     from ..steer.vectors import encoded
 
     trained, statistics, hook = load_sae(sae, device, layer, hook)
     try:
-        subject = load_subject(
-            Settings(model=model, device=device, seed=seed, layer=layer, hook=hook)
-        )
+        subject = load_subject(model, device=device, layer=layer, hook=hook)
         ids = torch.tensor([encoded(subject.tokenizer, prompt)], device=device)
         if ids.shape[1] == 0:
             fail("--prompt is empty")
@@ -65,7 +62,7 @@ def steer(
                 seed,
                 f"latent {feature} at {strength:g} {unit}",
             )
-    except (QuickstartError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
 
 

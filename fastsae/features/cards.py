@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ..lm.harvest import Store
+from ..lm.tokens import TokenText
 from ..nn import SparseCoder
-from ..train.activations import Store
 from .stats import FeatureStats
-from .tokens import TokenMass, TokenText
+from .tokens import TokenMass
 
 
 @dataclass(frozen=True)

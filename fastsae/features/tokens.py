@@ -1,46 +1,8 @@
-"""Tokens as a reader sees them, and how an SAE's latents relate to them."""
+"""How an SAE's latents relate to tokens."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
-
-
-class TokenText:
-    """The text of single tokens, exactly as they stand in running text.
-
-    `tokenizer.decode([i])` alone drops the leading space of many vocabularies; decoding after
-    another token does not.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        self._prefix = self._decode(self._anchor)
-        self._cache: dict[int, str] = {}
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def __getitem__(self, token: int) -> str:
-        if token not in self._cache:
-            text = self._decode([*self._anchor, token])
-            self._cache[token] = text[len(self._prefix) :]
-        return self._cache[token]
-
-    def text(self, tokens: list[int]) -> str:
-        """A run of tokens, decoded together (bytes of one character meet)."""
-        return self._decode([*self._anchor, *tokens])[len(self._prefix) :]
-
-
-def is_word(text: str) -> bool:
-    """Three letters or a digit: enough for a reader to see what it is."""
-    return sum(c.isalpha() for c in text) >= 3 or any(c.isdigit() for c in text)
 
 
 class TokenMass:
@@ -97,47 +59,3 @@ def own_tokens(
     tokens, share = fires_on
     own = torch.cat([tokens[:6][share[:6] >= 0.05], promoted[:10]]).unique()
     return own[words[own]]
-
-
-def final_norm_of(model: nn.Module) -> nn.Module | None:
-    """The norm before the unembedding, where the families of transformers keep it."""
-    for path in (
-        "transformer.ln_f",
-        "gpt_neox.final_layer_norm",
-        "model.norm",
-        "model.language_model.norm",
-        "model.decoder.final_layer_norm",
-    ):
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            continue
-    return None
-
-
-@torch.no_grad()
-def logit_effect(model: Any, directions: torch.Tensor) -> torch.Tensor:
-    """What each direction of the residual stream adds to the logits, on the direct path.
-
-    The final norm is taken at its scale (gamma; centred first for LayerNorm), its division by the
-    token's own norm left out, and the mean over the vocabulary subtracted, since softmax ignores
-    it. Later blocks are not in it.
-
-    Args:
-        directions: [M, D], rows of W_dec.
-
-    Returns:
-        [M, V] float32.
-    """
-    unembedding = model.get_output_embeddings().weight.float()  # [V, D]
-    d = directions.float()
-    norm = final_norm_of(model)
-    weight = getattr(norm, "weight", None)
-    if norm is not None and "RMS" not in type(norm).__name__:
-        d = d - d.mean(-1, keepdim=True)
-    if weight is not None:
-        gamma = weight.float()
-        # Gemma's RMSNorm multiplies by 1 + weight.
-        d = d * (1 + gamma if "Gemma" in type(norm).__name__ else gamma)
-    effect = d @ unembedding.T
-    return effect - effect.mean(-1, keepdim=True)

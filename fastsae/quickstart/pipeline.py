@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from logging import ERROR, getLogger
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
-from .._files import write_text_atomic
+from .._errors import UserError, one_line
+from .._files import json_text, write_text_atomic
 from ..features.cards import Card, choose_latents, make_card, score_latents
 from ..features.stats import FeatureStats
-from ..features.tokens import TokenMass, TokenText, is_word, logit_effect
+from ..features.tokens import TokenMass
+from ..lm.harvest import Store, Windows, collect
+from ..lm.load import Subject, load_subject
+from ..lm.readout import logit_effect
+from ..lm.splice import SpliceLoss, splice_loss
+from ..lm.text import Progress
+from ..lm.tokens import TokenText, is_word
 from ..nn import TopKSAE
 from ..nn.description import MAX_ACTIVATION, MaxActivations
 from ..optim import FusedAdam
-from ..train.activations import Store, Windows, blocks_of, collect, find_site, windows_of
-from ..train.evaluate import Reconstruction, SpliceLoss, reconstruction, splice_loss
+from ..train.evaluate import Reconstruction, reconstruction
 from ..train.plain import PlainTopKStep
-from ..train.text import stdlib_documents
 from ..train.trainer import TrainConfig, Trainer, shuffled
-from .settings import EMBEDDED_MODEL, QuickstartError, Settings
+from .settings import Settings
 from .steering import Steering, steer
-
-# progress(title, total) is a context manager that gives `advance(n)`
-Progress = Callable[[str, int], Any]
-
-
-@dataclass
-class Subject:
-    """The language model that is studied."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    site: str
-    module: nn.Module
-    n_layers: int
 
 
 @dataclass
@@ -133,9 +118,11 @@ def run(settings: Settings, progress: Progress) -> Result:
 
     torch.manual_seed(settings.seed)
     with timed("load"):
-        subject = load_subject(settings)
+        subject = load_subject(
+            settings.model, device=settings.device, layer=settings.layer, hook=settings.hook
+        )
     with timed("harvest"):
-        train_windows, held_out = read_text(settings, subject, progress)
+        train_windows, held_out = settings.windows(subject, progress)
         store, test = harvest(settings, subject, train_windows, held_out, progress)
     with timed("train"):
         training = train(settings, store, progress)
@@ -165,105 +152,7 @@ def run(settings: Settings, progress: Progress) -> Result:
     )  # fmt: skip
 
 
-# -- the model ------------------------------------------------------------------------------------
-
-
-def load_subject(settings: Settings) -> Subject:
-    """Loads model and tokenizer, in eval mode and without gradients.
-
-    Raises:
-        QuickstartError: the model, a file of it or the network is missing.
-    """
-    embedded = settings.model is None
-    if embedded and not (EMBEDDED_MODEL / "config.json").exists():
-        raise QuickstartError(
-            f"the embedded model is missing from this installation ({EMBEDDED_MODEL}); "
-            "reinstall fastsae-kernels or name a model with --model"
-        )
-    source = str(EMBEDDED_MODEL) if settings.model is None else settings.model
-    if embedded:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to look up
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # a missing network is one line of ours, not a warning for each of the hub's retries
-    getLogger("huggingface_hub").setLevel(ERROR)
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    path = Path(source).expanduser()
-    if looks_local and not path.is_dir():
-        raise QuickstartError(f"no such folder: {source}")
-    if path.is_dir():
-        source = str(path)
-        if not (path / "config.json").exists():
-            raise QuickstartError(f"{source} holds no config.json, so it is no transformers model")
-    try:
-        device = torch.device(settings.device)
-        torch.empty(0, device=device)
-    except Exception as error:
-        raise QuickstartError(f"device {settings.device!r}: {_one_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config: Any = AutoConfig.from_pretrained(source)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            # the same function as one kernel instead of seven; 1.6x for a whole GPT-2 on a CPU
-            config.activation_function = "gelu_pytorch_tanh"
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-    except Exception as error:  # transformers raises OSError, ValueError, httpx errors and more
-        raise QuickstartError(f"cannot load {source!r}: {_one_line(error)}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    layer = settings.layer
-    try:
-        if layer is None and settings.hook is None:
-            layer = len(blocks_of(model)[1]) // 2
-        site, module = find_site(model, layer, settings.hook)
-    except ValueError as error:
-        raise QuickstartError(str(error)) from error
-    name = "embedded: tiny_python_lm" if embedded else source
-    n_layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    return Subject(name, model, tokenizer, site, module, n_layers)
-
-
-def _one_line(error: BaseException) -> str:
-    """The first sentence or two of an error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-# -- text and activations -------------------------------------------------------------------------
-
-
-def read_text(settings: Settings, subject: Subject, progress: Progress) -> tuple[Windows, Windows]:
-    """Windows to train on and held-out windows, of the standard library's text."""
-    config = subject.model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or settings.context
-    length = min(settings.context, longest)
-    wanted = max(1, settings.tokens // (length - 1))
-    wanted_held_out = max(2, settings.held_out_tokens // (length - 1))
-    generator = torch.Generator().manual_seed(settings.seed)
-    try:
-        documents = list(stdlib_documents("train", include_tests=False))
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        with progress("Reading text", wanted) as advance:
-
-            def told() -> Iterator[tuple[str, str]]:
-                for i in order:
-                    yield documents[i]
-
-            train = windows_of(told(), subject.tokenizer, length, wanted, per_document=64)
-            advance(len(train))
-        held_out = windows_of(
-            stdlib_documents("heldout", include_tests=False), subject.tokenizer, length,
-            per_document=12,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise QuickstartError(_one_line(error)) from error
-    shuffle = torch.randperm(len(train), generator=generator)
-    spread = torch.randperm(len(held_out), generator=generator)[:wanted_held_out]
-    return train.select(shuffle), held_out.select(spread)
+# -- activations ----------------------------------------------------------------------------------
 
 
 def harvest(
@@ -300,7 +189,7 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
             dead_after=settings.dead_after, device=store.activations.device, seed=settings.seed,
         )  # fmt: skip
     except ValueError as error:
-        raise QuickstartError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     sae.initialize_from_data(store.activations, seed=settings.seed)
     config = TrainConfig(
         settings.steps, settings.lr, warmup=max(1, round(0.03 * settings.steps)), decay=0.4,
@@ -425,26 +314,13 @@ def study_latents(
 # -- what is written ------------------------------------------------------------------------------
 
 
-def to_json(report: dict[str, Any]) -> str:
-    """The text of report.json. JSON has no NaN and no infinity: they become null."""
-    return json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write(result: Result) -> Path:
     """Writes sae/ (with the latents' maximum activations), report.json and index.html.
 
     Each atomically. Returns the page's path.
 
     Raises:
-        QuickstartError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     from .page import render
 
@@ -455,8 +331,8 @@ def write(result: Result) -> Path:
         result.training.sae.save_pretrained(out / "sae")
         result.max_activation.save(out / "sae" / MAX_ACTIVATION)
         page = out / "index.html"
-        write_text_atomic(out / "report.json", to_json(report))
+        write_text_atomic(out / "report.json", json_text(report))
         write_text_atomic(page, render(report))
     except OSError as error:
-        raise QuickstartError(f"cannot write to {out}: {_one_line(error)}") from error
+        raise UserError(f"cannot write to {out}: {one_line(error)}") from error
     return page.resolve()

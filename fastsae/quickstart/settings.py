@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..lm.harvest import Windows
+from ..lm.load import Subject
+from ..lm.text import Progress, stdlib_windows
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-EMBEDDED_MODEL = ASSETS / "tiny_python_lm"
-
-
-class QuickstartError(Exception):
-    """Something the user can put right; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +45,10 @@ class Settings:
     samples: int = 16  # texts per point of the sweep
     strengths: tuple[float, ...] = (0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0)
     screen_strengths: tuple[float, ...] = (1.0, 1.75)
+
+    def windows(self, subject: Subject, progress: Progress) -> tuple[Windows, Windows]:
+        """Windows of the standard library's text, to train on and held out."""
+        return stdlib_windows(
+            subject, tokens=self.tokens, held_out_tokens=self.held_out_tokens,
+            context=self.context, seed=self.seed, progress=progress,
+        )  # fmt: skip

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..features.tokens import TokenText, own_tokens
+from ..features.tokens import own_tokens
+from ..lm.harvest import Store, Windows
+from ..lm.splice import SpliceLoss, cross_entropy
+from ..lm.tokens import TokenText
 from ..nn import TopKSAE
 from ..steer import Steerer, add_vector, attach, clamp
 from ..steer.concept import leads
@@ -21,12 +24,11 @@ from ..steer.sweep import (
     token_share,
 )
 from ..steer.vectors import difference_of_means
-from ..train.activations import Store, Windows
-from ..train.evaluate import SpliceLoss, cross_entropy
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .pipeline import Found, Progress
+    from ..lm.text import Progress
+    from .pipeline import Found
 
 CLAMP = "clamp"
 VECTOR = "difference of means"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..features.tokens import TokenText
+from ..lm.tokens import TokenText
 from ..nn import Description
 from ..steer.operations import Operation
 from .engine import ClosedError, Engine, Event, Row, Sampling

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from .. import _steer_codes as codes
+from ..lm.sites import find_site, output_of
 from ..nn import Description
 from ..ops.steer import Prepared, steer
 from ..ops.topk_member import Prepared as PreparedMember
 from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
-from ..train.activations import find_site, output_of
 from .describe import describe
 from .operations import MAX_UNIT, Gate, Operation, Program
 from .positions import Positions, past_length, prompt_and_generated, token_mask

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from ..features.tokens import TokenMass, TokenText, is_word, logit_effect, own_tokens
+from ..features.tokens import TokenMass, own_tokens
+from ..lm.harvest import Store
+from ..lm.readout import logit_effect
+from ..lm.tokens import TokenText, is_word
 from ..nn import SparseCoder
-from ..train.activations import Store
 
 
 @torch.no_grad()

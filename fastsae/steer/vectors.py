@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..train.activations import activations_at, blocks_of, find_site
+from ..lm.harvest import activations_at
+from ..lm.sites import blocks_of, find_site
 from .attach import Steerer, attach
 from .operations import Program, project_out
 from .positions import Positions

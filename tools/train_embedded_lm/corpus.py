@@ -1,6 +1,6 @@
 """The corpus of the embedded model: tokenizer, token streams and windows.
 
-What is train and what is held out is decided in one place, `fastsae.train.text`.
+What is train and what is held out is decided in one place, `fastsae.lm.text`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fastsae.train.text import is_test, stdlib_documents
+from fastsae.lm.text import is_test, stdlib_documents
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -15,7 +15,7 @@ from evaluate import compare, held_out
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from fastsae.train.text import HELD_OUT_MODULES
+from fastsae.lm.text import HELD_OUT_MODULES
 
 # The beginnings that the card shows continued; none occurs in the corpus as it stands.
 PROMPTS = ['def read_header(self, line):\n    """', "class BufferedConnection(object):"]

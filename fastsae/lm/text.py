@@ -6,14 +6,24 @@ Python version and platform: a document is held out when it belongs to one of `H
 or is a test of one.
 """
 
+from __future__ import annotations
+
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+
+from .._errors import UserError, one_line
+from .harvest import Windows, windows_of
+from .load import Subject
 
 Split = Literal["train", "heldout"]
+# progress(title, total) is a context manager that gives `advance(n)`
+Progress = Callable[[str, int], Any]
 
 HELD_OUT_MODULES = frozenset(
     [
@@ -131,3 +141,50 @@ def _help_topics() -> Iterator[tuple[str, str]]:
         text = topics[topic].strip() + "\n"
         if len(text) >= 32:
             yield f"pydoc_data/topics/{topic}", text
+
+
+def stdlib_windows(
+    subject: Subject,
+    *,
+    tokens: int,
+    held_out_tokens: int,
+    context: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Windows, Windows]:
+    """Windows to train on and held-out windows, of the standard library's text, shuffled.
+
+    Args:
+        tokens, held_out_tokens: how many activations they are to give, the first position of
+            every window left out.
+        context: tokens of a window, or as many as the model takes.
+
+    Raises:
+        UserError: this Python has no text of its library.
+    """
+    config = subject.model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or context
+    length = min(context, longest)
+    wanted = max(1, tokens // (length - 1))
+    wanted_held_out = max(2, held_out_tokens // (length - 1))
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        documents = list(stdlib_documents("train", include_tests=False))
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        with progress("Reading text", wanted) as advance:
+
+            def told() -> Iterator[tuple[str, str]]:
+                for i in order:
+                    yield documents[i]
+
+            train = windows_of(told(), subject.tokenizer, length, wanted, per_document=64)
+            advance(len(train))
+        held_out = windows_of(
+            stdlib_documents("heldout", include_tests=False), subject.tokenizer, length,
+            per_document=12,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise UserError(one_line(error)) from error
+    shuffle = torch.randperm(len(train), generator=generator)
+    spread = torch.randperm(len(held_out), generator=generator)[:wanted_held_out]
+    return train.select(shuffle), held_out.select(spread)

@@ -1,107 +1,20 @@
 """Activations of a language model, streamed window by window.
 
-`find_site` resolves `layer=L` (the residual stream after block L, counted from 0) or a module's
-dotted path; `stream_activations` runs the model up to that module and yields what it puts out;
-`collect` keeps a bounded number of them for training. Works with any causal language model of
-transformers whose blocks are found by path, and with any module named by `hook`.
+`stream_activations` runs the model up to a module and yields what it puts out; `collect` keeps a
+bounded number of them for training. Works with any causal language model of transformers whose
+blocks are found by path, and with any module named by `hook`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-# Where the families of transformers keep their list of blocks.
-BLOCK_PATHS = (
-    "transformer.h",  # GPT-2, GPT-Neo, GPT-J, Falcon, BLOOM
-    "gpt_neox.layers",  # GPT-NeoX, Pythia
-    "model.layers",  # Llama, Mistral, Gemma, Qwen, Phi, OLMo
-    "model.language_model.layers",  # the text part of Gemma 3, Qwen-VL
-    "model.decoder.layers",  # OPT
-)
-
-
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path of the model's list of blocks, and the list.
-
-    Raises:
-        ValueError: no list of blocks under any known path.
-    """
-    for path in BLOCK_PATHS:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
-            return path, found
-    raise ValueError(
-        f"{type(model).__name__}: its blocks are not under {', '.join(BLOCK_PATHS)}; "
-        "name the module whose output to read with hook="
-    )
-
-
-def find_site(
-    model: nn.Module, layer: int | None = None, hook: str | None = None
-) -> tuple[str, nn.Module]:
-    """The module whose output is read or edited, and its dotted path.
-
-    Args:
-        model: a causal language model.
-        layer: block counted from 0; its output is the residual stream after it.
-        hook: path of any submodule instead, `"model.layers.3.mlp"`.
-
-    Raises:
-        ValueError: both or neither given, the layer out of range, or no module at `hook`.
-    """
-    if (layer is None) == (hook is None):
-        raise ValueError("find_site: give layer or hook, one of them")
-    if hook is not None:
-        try:
-            return hook, model.get_submodule(hook)
-        except AttributeError:
-            names = [name for name, _ in model.named_modules() if name]
-            last = hook.rsplit(".", 1)[-1]
-            near = [n for n in names if n.rsplit(".", 1)[-1] == last] or names
-            raise ValueError(
-                f"{type(model).__name__} has no module {hook!r}; some of its modules: "
-                f"{', '.join(near[:4])}"
-            ) from None
-    assert layer is not None
-    path, blocks = blocks_of(model)
-    if not 0 <= layer < len(blocks):
-        raise ValueError(
-            f"layer must lie in [0, {len(blocks) - 1}] ({path} has {len(blocks)}), got {layer}"
-        )
-    return f"{path}.{layer}", blocks[layer]
-
-
-def output_of(output: Any) -> torch.Tensor:
-    """The hidden states in a module's output, which may be a tuple that starts with them."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def edited(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside the block, `edit(x)` takes the place of the module's output x [..., D].
-
-    The hook is removed when the block is left, also by an exception.
-    """
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        x = output_of(output)
-        new = edit(x)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+from .sites import output_of
 
 
 class _Reached(Exception):  # noqa: N818

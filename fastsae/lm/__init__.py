@@ -1,0 +1,1 @@
+"""Language models: loading, sites, text, activations. Importing this costs nothing."""
