@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsae import _dispatch, _library, ops, reference
 
@@ -125,6 +127,22 @@ def test_every_architecture_has_a_file_of_its_own():
         assert (
             len((ROOT / (kind.__module__.replace(".", "/") + ".py")).read_text().splitlines()) < 300
         )
+
+
+@pytest.mark.parametrize("op", _library.PUBLIC_SCHEMAS)
+def test_arguments_are_those_of_the_schema(op):
+    """Each op's arguments are stated once in Python: names, order, defaults and kinds."""
+    module = importlib.import_module(f"fastsae.ops.{op.removesuffix('_rows').removesuffix('_')}")
+    found = []
+    for name, kind in module.Arguments.__annotations__.items():
+        default = module.Arguments._field_defaults.get(name, "none given")
+        found.append((name, str(getattr(kind, "__forward_arg__", kind)), default))
+    wanted = []
+    for a in getattr(torch.ops.fastsae, op).default._schema.arguments:
+        kind = str(a.type).replace("Tensor", "torch.Tensor").replace("SymInt", "int")
+        kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
+        wanted.append((a.name, kind, a.default_value if a.has_default_value() else "none given"))
+    assert found == wanted
 
 
 def test_triton_kernels_refuses_the_top_level_name():

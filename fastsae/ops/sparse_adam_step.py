@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .. import _dispatch
@@ -105,32 +107,44 @@ def _schedule(
     return torch.stack([rate / (1 - beta1**t), (1 - beta2**t).rsqrt(), t])
 
 
-def _check(
-    param: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    rows: torch.Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lazy: bool,
-    unit_norm: bool,
-    exp_avg_scale: torch.Tensor | None = None,
-    exp_avg_sq_scale: torch.Tensor | None = None,
-    master: torch.Tensor | None = None,
-    schedule: torch.Tensor | None = None,
-) -> None:
+# dtypes of exp_avg and exp_avg_sq, by whether the param is fp64
+_FORMATS = (
+    [(torch.float32, torch.float32), moments.dtypes("bf16"), moments.dtypes("8bit")],
+    [(torch.float64, torch.float64)],
+)
+
+
+class Arguments(NamedTuple):
+    """Of `sparse_adam_step`."""
+
+    param: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    values: torch.Tensor
+    indices: torch.Tensor
+    rows: torch.Tensor
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    lazy: bool
+    unit_norm: bool
+    exp_avg_scale: torch.Tensor | None = None
+    exp_avg_sq_scale: torch.Tensor | None = None
+    master: torch.Tensor | None = None
+    schedule: torch.Tensor | None = None
+
+
+def _check(a: Arguments) -> None:
+    (
+        param, exp_avg, exp_avg_sq, values, indices, rows, lr, beta1, beta2, eps, weight_decay,
+        step, _, _, exp_avg_scale, exp_avg_sq_scale, master, schedule,
+    ) = a  # fmt: skip
     _common.check_floats(_OP, param=param, values=values, rows=rows)
     _common.check_matrix(_OP, "param", param, "[F, D]")
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    formats = [(wide, wide)]
-    if wide == torch.float32:
-        formats += [moments.dtypes("bf16"), moments.dtypes("8bit")]
+    formats = _FORMATS[param.dtype == torch.float64]
     if (exp_avg.dtype, exp_avg_sq.dtype) not in formats:
         known = ", ".join(f"({m}, {v})".replace("torch.", "") for m, v in formats)
         raise TypeError(
@@ -151,7 +165,7 @@ def _check(
         _check_fp32("master", master)
         state.append(("master", master, (f, d)))
     for name, tensor, shape in state:
-        if tuple(tensor.shape) != shape or tensor.device != param.device:
+        if tensor.shape != shape or tensor.device != param.device:
             raise ValueError(
                 f"{_OP}: {name} {_common.shape(tensor)} on {tensor.device} must match param "
                 f"{_common.shape(param)} on {param.device}: {list(shape)} is expected"
@@ -173,16 +187,18 @@ def _check(
             f"{_OP}: rows {_common.shape(rows)} and values {_common.shape(values)} must agree in "
             "all but the last dimension"
         )
-    for name, value, ok in (
-        ("lr", lr, lr >= 0),
-        ("beta1", beta1, 0 <= beta1 < 1),
-        ("beta2", beta2, 0 <= beta2 < 1),
-        ("eps", eps, eps >= 0),
-        ("weight_decay", weight_decay, weight_decay >= 0),
-        ("step", step, step >= 1),
-    ):
-        if not ok:
-            raise ValueError(f"{_OP}: {name} is out of range, got {value}")
+    in_range = lr >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and eps >= 0
+    if not (in_range and weight_decay >= 0 and step >= 1):
+        for option, value, ok in (
+            ("lr", lr, lr >= 0),
+            ("beta1", beta1, 0 <= beta1 < 1),
+            ("beta2", beta2, 0 <= beta2 < 1),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("step", step, step >= 1),
+        ):
+            if not ok:
+                raise ValueError(f"{_OP}: {option} is out of range, got {value}")
 
 
 def _check_fp32(name: str, tensor: torch.Tensor) -> None:
@@ -190,53 +206,16 @@ def _check_fp32(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{_OP}: {name} must be torch.float32, got {tensor.dtype}")
 
 
-def _run(
-    param: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    rows: torch.Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lazy: bool,
-    unit_norm: bool,
-    exp_avg_scale: torch.Tensor | None = None,
-    exp_avg_sq_scale: torch.Tensor | None = None,
-    master: torch.Tensor | None = None,
-    schedule: torch.Tensor | None = None,
-) -> None:
-    _check(
-        param, exp_avg, exp_avg_sq, values, indices, rows,
-        lr, beta1, beta2, eps, weight_decay, step, lazy, unit_norm,
-        exp_avg_scale, exp_avg_sq_scale, master, schedule,
-    )  # fmt: skip
-    if unit_norm:  # computing p * decay and projecting it out again would leave rounding noise
-        weight_decay = 0.0
-    _dispatch.select(_OP, param)(
-        param,
-        exp_avg,
-        exp_avg_sq,
-        _common.flat(values),
-        _common.flat_indices(indices, param.shape[0]),
-        _common.flat(rows),
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        step,
-        lazy,
-        unit_norm,
-        exp_avg_scale,
-        exp_avg_sq_scale,
-        master,
-        schedule,
+def _compute(a: Arguments) -> None:
+    if a.unit_norm:  # computing p * decay and projecting it out again would leave rounding noise
+        a = a._replace(weight_decay=0.0)
+    _dispatch.select(_OP, a.param)(
+        *a[:3],
+        _common.flat(a.values),
+        _common.flat_indices(a.indices, a.param.shape[0]),
+        _common.flat(a.rows),
+        *a[6:],
     )
 
 
-_common.register(_OP, _run, _check)
+_run = _common.register(_OP, Arguments, check=_check, compute=_compute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,42 +53,36 @@ def sparse_decode(
     return result
 
 
-def _check(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor | None,
-) -> None:
+class Arguments(NamedTuple):
+    """Of `sparse_decode`."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor | None = None
+
+
+def _check(a: Arguments) -> None:
+    values, indices, W_dec, b_dec = a
     _common.check_floats(_OP, W_dec=W_dec, values=values, b_dec=b_dec)
     _common.check_matrix(_OP, "W_dec", W_dec, "[F, D]")
     _common.check_pairs(_OP, values, indices)
     _common.check_vector(_OP, "b_dec", b_dec, W_dec.shape[1], "D")
 
 
-def _run(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _check(values, indices, W_dec, b_dec)
+def _compute(a: Arguments) -> torch.Tensor:
+    values, indices, W_dec, b_dec = a
     out: torch.Tensor = _dispatch.select(_OP, W_dec)(
         _common.flat(values),
         _common.flat_indices(indices, W_dec.shape[0]),
         W_dec.contiguous(),
         None if b_dec is None else b_dec.contiguous(),
     )
-    return out.view(*values.shape[:-1], W_dec.shape[1])
+    return _common.unflat(out, values)
 
 
-def _fake(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _check(values, indices, W_dec, b_dec)
-    return W_dec.new_empty(*values.shape[:-1], W_dec.shape[1])
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.W_dec.new_empty(*a.values.shape[:-1], a.W_dec.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -111,21 +105,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dvalues, None, dW_dec, db_dec
 
 
-def _autocast(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor | None = None,
-) -> tuple[Any, ...]:
-    return values.to(W_dec.dtype), indices, W_dec, b_dec
+def _autocast(a: Arguments) -> Arguments:
+    return a._replace(values=a.values.to(a.W_dec.dtype))
 
 
-_common.register(
-    _OP,
-    _run,
-    _fake,
-    backward=_backward,
-    setup_context=_setup_context,
-    autocast=_autocast,
-    vmap_batched=2,
-)
+_run = _common.register(
+    _OP, Arguments, check=_check, compute=_compute, fake=_fake, autocast=_autocast,
+    backward=_backward, setup_context=_setup_context, vmap_batched=2,
+)  # fmt: skip

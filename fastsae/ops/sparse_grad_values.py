@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -41,7 +41,16 @@ def sparse_grad_values(
     return out
 
 
-def _check(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> None:
+class Arguments(NamedTuple):
+    """Of `sparse_grad_values`."""
+
+    grad_out: torch.Tensor
+    indices: torch.Tensor
+    W_dec: torch.Tensor
+
+
+def _check(a: Arguments) -> None:
+    grad_out, indices, W_dec = a
     _common.check_floats(_OP, W_dec=W_dec, grad_out=grad_out)
     _common.check_matrix(_OP, "W_dec", W_dec, "[F, D]")
     _common.check_last(_OP, "grad_out", grad_out, W_dec.shape[1], "D")
@@ -53,30 +62,23 @@ def _check(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -
         )
 
 
-def _run(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
-    _check(grad_out, indices, W_dec)
+def _compute(a: Arguments) -> torch.Tensor:
+    grad_out, indices, W_dec = a
     out: torch.Tensor = _dispatch.select(_OP, W_dec)(
         _common.flat(grad_out), _common.flat_indices(indices, W_dec.shape[0]), W_dec.contiguous()
     )
-    return out.view(indices.shape)
+    return _common.unflat(out, indices)
 
 
-def _fake(grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
-    _check(grad_out, indices, W_dec)
-    return W_dec.new_empty(indices.shape)
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.W_dec.new_empty(a.indices.shape)
 
 
-def _autocast(
-    grad_out: torch.Tensor, indices: torch.Tensor, W_dec: torch.Tensor
-) -> tuple[Any, ...]:
-    return grad_out.to(W_dec.dtype), indices, W_dec
+def _autocast(a: Arguments) -> Arguments:
+    return a._replace(grad_out=a.grad_out.to(a.W_dec.dtype))
 
 
-_common.register(
-    _OP,
-    _run,
-    _fake,
-    backward=_common.no_gradient(_OP),
-    autocast=_autocast,
-    vmap_batched=2,
-)
+_run = _common.register(
+    _OP, Arguments, check=_check, compute=_compute, fake=_fake, autocast=_autocast,
+    backward=_common.no_gradient(_OP), vmap_batched=2,
+)  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,9 +59,17 @@ def sparse_grad_weight(
     raise ValueError(f"{_OP}: layout must be 'dense' or 'rows', got {layout!r}")
 
 
-def _check(
-    op: str, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> None:
+class Arguments(NamedTuple):
+    """Of `sparse_grad_weight`, dense or rows."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    rows: torch.Tensor
+    n_latents: int
+
+
+def _check(op: str, a: Arguments) -> None:
+    values, indices, rows, n_latents = a
     _common.check_floats(op, rows=rows, values=values)
     _common.check_pairs(op, values, indices)
     if rows.dim() < 1 or rows.shape[:-1] != values.shape[:-1]:
@@ -72,10 +81,8 @@ def _check(
         raise ValueError(f"{op}: n_latents must not be negative, got {n_latents}")
 
 
-def _launch(
-    op: str, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> Any:
-    _check(op, values, indices, rows, n_latents)
+def _compute(op: str, a: Arguments) -> Any:
+    values, indices, rows, n_latents = a
     return _dispatch.select(op, rows)(
         _common.flat(values),
         _common.flat_indices(indices, n_latents),
@@ -84,50 +91,25 @@ def _launch(
     )
 
 
-def _run(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> torch.Tensor:
-    out: torch.Tensor = _launch(_OP, values, indices, rows, n_latents)
-    return out
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.rows.new_empty(a.n_latents, a.rows.shape[-1])
 
 
-def _fake(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> torch.Tensor:
-    _check(_OP, values, indices, rows, n_latents)
-    return rows.new_empty(n_latents, rows.shape[-1])
-
-
-def _run_rows(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    latents, grads = _launch(_OP_ROWS, values, indices, rows, n_latents)
-    return latents, grads
-
-
-def _fake_rows(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(_OP_ROWS, values, indices, rows, n_latents)
+def _fake_rows(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     touched = torch.library.get_ctx().new_dynamic_size()
-    return rows.new_empty(touched, dtype=torch.int32), rows.new_empty(touched, rows.shape[-1])
+    latents = a.rows.new_empty(touched, dtype=torch.int32)
+    return latents, a.rows.new_empty(touched, a.rows.shape[-1])
 
 
-def _autocast(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, n_latents: int
-) -> tuple[Any, ...]:
-    wide = torch.promote_types(values.dtype, rows.dtype)
-    return values.to(wide), indices, rows.to(wide), n_latents
+def _autocast(a: Arguments) -> Arguments:
+    wide = torch.promote_types(a.values.dtype, a.rows.dtype)
+    return a._replace(values=a.values.to(wide), rows=a.rows.to(wide))
 
 
-_common.register(
-    _OP,
-    _run,
-    _fake,
-    backward=_common.no_gradient(_OP),
-    autocast=_autocast,
-    vmap_batched=0,
-)
-_common.register(
-    _OP_ROWS, _run_rows, _fake_rows, backward=_common.no_gradient(_OP_ROWS), autocast=_autocast
-)
+_run, _run_rows = (
+    _common.register(
+        op, Arguments, check=partial(_check, op), compute=partial(_compute, op), fake=fake,
+        autocast=_autocast, backward=_common.no_gradient(op), vmap_batched=batched,
+    )
+    for op, fake, batched in ((_OP, _fake, 0), (_OP_ROWS, _fake_rows, None))
+)  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -86,9 +86,10 @@ def steer(
     Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity"; `constant_norm` and
     `layer_norm` as SAELens normalises activations.
     """
+    if forward_ad._current_level < 0 and _common.unobserved(x, enc, dec, param):
+        steered: torch.Tensor = _run(x, enc, dec, param, code, slots, mask, member, norm, eps)
+        return steered
     _common.refuse_transforms(_OP, x, enc, dec, param)
-    if _common.unobserved(x, enc, dec, param):
-        return _run(x, enc, dec, param, code, slots, mask, member, norm, eps)
     out: torch.Tensor = torch.ops.fastsae.steer(
         x, enc, dec, param, code, slots, mask, member, norm, eps
     )
@@ -142,7 +143,7 @@ class Prepared:
         centre: torch.Tensor | None = None,
     ) -> None:
         tables = (enc, dec, param, code, slots)
-        _check(enc.new_empty(len(slots), 0, enc.shape[-1]), *tables, None, None, norm)
+        _check(Arguments(enc.new_empty(len(slots), 0, enc.shape[-1]), *tables, norm=norm))
         if not all(t.is_contiguous() and not t.requires_grad for t in tables):
             raise ValueError(f"{_OP}: prepared tables must be contiguous and need no gradient")
         self._tables, self._norm, self._eps = tables, norm, eps
@@ -280,17 +281,23 @@ class Prepared:
         return tensor.is_contiguous() and _flags(tensor, shape, self._device)
 
 
-def _check(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None,
-    member: torch.Tensor | None,
-    norm: str,
-) -> None:
+class Arguments(NamedTuple):
+    """Of `steer` and `steer_`."""
+
+    x: torch.Tensor
+    enc: torch.Tensor
+    dec: torch.Tensor
+    param: torch.Tensor
+    code: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None = None
+    member: torch.Tensor | None = None
+    norm: str = "none"
+    eps: float = 1e-5
+
+
+def _check(a: Arguments) -> None:
+    x, enc, dec, param, code, slots, mask, member, norm, _ = a
     tokens, table, dtype, device = x.shape, enc.shape, x.dtype, x.get_device()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fits = (  # the common case in 2 us: this runs for every token that a model generates
@@ -319,7 +326,7 @@ def _check(
         and norm in NORMS
     )
     if not fits:
-        _refuse(x, enc, dec, param, code, slots, mask, member, norm, wide)
+        _refuse(a, wide)
 
 
 def _flags(tensor: torch.Tensor, shape: tuple[int, ...], device: int) -> bool:
@@ -327,19 +334,9 @@ def _flags(tensor: torch.Tensor, shape: tuple[int, ...], device: int) -> bool:
     return fits and tensor.get_device() == device
 
 
-def _refuse(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None,
-    member: torch.Tensor | None,
-    norm: str,
-    wide: torch.dtype,
-) -> NoReturn:
+def _refuse(a: Arguments, wide: torch.dtype) -> NoReturn:
     """Says what does not fit."""
+    x, enc, dec, param, code, slots, mask, member, norm, _ = a
     _common.check_floats(_OP, x=x, enc=enc, dec=dec)
     if enc.dim() != 3 or enc.shape != dec.shape or enc.numel() == 0:
         raise ValueError(
@@ -370,20 +367,9 @@ def _refuse(
     raise ValueError(f"{_OP}: norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
-def _launch(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None,
-    member: torch.Tensor | None,
-    norm: str,
-    eps: float,
-    out: torch.Tensor,
-) -> None:
+def _launch(a: Arguments, x: torch.Tensor, out: torch.Tensor) -> None:
     """Contiguous x into `out`, which may be x."""
+    _, enc, dec, param, code, slots, mask, member, norm, eps = a
     _dispatch.select(_OP, x)(
         x,
         enc.contiguous(),
@@ -399,41 +385,16 @@ def _launch(
     )
 
 
-def _run(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    member: torch.Tensor | None = None,
-    norm: str = "none",
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    _check(x, enc, dec, param, code, slots, mask, member, norm)
-    x = x.contiguous()
+def _compute(a: Arguments) -> torch.Tensor:
+    x = a.x.contiguous()
     out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    _launch(x, enc, dec, param, code, slots, mask, member, norm, eps, out)
+    if x.numel():
+        _launch(a, x, out)
     return out
 
 
-def _fake(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    member: torch.Tensor | None = None,
-    norm: str = "none",
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    _check(x, enc, dec, param, code, slots, mask, member, norm)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fake(a: Arguments) -> torch.Tensor:
+    return torch.empty_like(a.x, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -458,45 +419,23 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *(next(found) if t.requires_grad else None for t in leaves), *[None] * 6
 
 
-def _autocast(x: torch.Tensor, enc: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
-    return x.to(enc.dtype), enc, *rest
+def _autocast(a: Arguments) -> Arguments:
+    return a._replace(x=a.x.to(a.enc.dtype))
 
 
-def _run_(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    member: torch.Tensor | None = None,
-    norm: str = "none",
-    eps: float = 1e-5,
-) -> None:
-    _check_in_place(x, enc, dec, param, code, slots, mask, member, norm)
-    if x.numel():
-        _launch(x, enc, dec, param, code, slots, mask, member, norm, eps, x)
-
-
-def _check_in_place(
-    x: torch.Tensor,
-    enc: torch.Tensor,
-    dec: torch.Tensor,
-    param: torch.Tensor,
-    code: torch.Tensor,
-    slots: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    member: torch.Tensor | None = None,
-    norm: str = "none",
-    eps: float = 1e-5,
-) -> None:
-    _check(x, enc, dec, param, code, slots, mask, member, norm)
-    if not x.is_contiguous():
+def _check_in_place(a: Arguments) -> None:
+    _check(a)
+    if not a.x.is_contiguous():
         raise ValueError(f"{_OP}: x is written in place and must be contiguous")
 
 
-_common.register(
-    _OP, _run, _fake, backward=_backward, setup_context=_setup_context, autocast=_autocast
-)
-_common.register(_OP + "_", _run_, _check_in_place)
+def _compute_in_place(a: Arguments) -> None:
+    if a.x.numel():
+        _launch(a, a.x, a.x)
+
+
+_run = _common.register(
+    _OP, Arguments, check=_check, compute=_compute, fake=_fake, autocast=_autocast,
+    backward=_backward, setup_context=_setup_context,
+)  # fmt: skip
+_run_ = _common.register(_OP + "_", Arguments, check=_check_in_place, compute=_compute_in_place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,26 +42,33 @@ def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, indices
 
 
-def _check(x: torch.Tensor, k: int) -> None:
-    _common.check_floats(_OP, x=x)
-    if x.dim() < 1:
-        raise ValueError(f"{_OP}: x must be [..., M], got {_common.shape(x)}")
-    if x.shape[-1] >= 2**31:
-        raise ValueError(f"{_OP}: indices are int32: M must be below 2^31, got {x.shape[-1]}")
-    if not 0 <= k <= x.shape[-1]:
-        raise ValueError(f"{_OP}: k must lie in [0, {x.shape[-1]}] (M), got {k}")
+class Arguments(NamedTuple):
+    """Of `topk`."""
+
+    x: torch.Tensor
+    k: int
 
 
-def _run(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, k)
+def _check(a: Arguments) -> None:
+    _common.check_floats(_OP, x=a.x)
+    if a.x.dim() < 1:
+        raise ValueError(f"{_OP}: x must be [..., M], got {_common.shape(a.x)}")
+    m = a.x.shape[-1]
+    if m >= 2**31:
+        raise ValueError(f"{_OP}: indices are int32: M must be below 2^31, got {m}")
+    if not 0 <= a.k <= m:
+        raise ValueError(f"{_OP}: k must lie in [0, {m}] (M), got {a.k}")
+
+
+def _compute(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    x, k = a
     values, indices = _dispatch.select(_OP, x)(_common.flat(x), k)
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    return _common.unflat(values, x), _common.unflat(indices, x)
 
 
-def _fake(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, k)
-    size = (*x.shape[:-1], k)
-    return x.new_empty(size), x.new_empty(size, dtype=torch.int32)
+def _fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    size = (*a.x.shape[:-1], a.k)
+    return a.x.new_empty(size), a.x.new_empty(size, dtype=torch.int32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -81,4 +88,7 @@ def _backward(
     return grad.new_zeros(ctx.size).scatter(-1, indices.long(), grad), None
 
 
-_common.register(_OP, _run, _fake, backward=_backward, setup_context=_setup_context, vmap_batched=1)
+_run = _common.register(
+    _OP, Arguments, check=_check, compute=_compute, fake=_fake, backward=_backward,
+    setup_context=_setup_context, vmap_batched=1,
+)  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,51 +89,46 @@ def topk_encode(
     return result
 
 
-def _check(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    k: int,
-    activation: str,
-    rank_scale: torch.Tensor | None,
-    latents: torch.Tensor | None,
-    filter: str,
-) -> None:
-    _common.check_floats(_OP, W_enc=W_enc, x=x, b_enc=b_enc, rank_scale=rank_scale)
-    _common.check_matrix(_OP, "W_enc", W_enc, "[F, D]")
-    f, d = W_enc.shape
+class Arguments(NamedTuple):
+    """Of `topk_encode`."""
+
+    x: torch.Tensor
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor | None
+    k: int
+    activation: str = "relu"
+    rank_scale: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    filter: str = "exact"
+
+
+def _check(a: Arguments) -> None:
+    _common.check_floats(_OP, W_enc=a.W_enc, x=a.x, b_enc=a.b_enc, rank_scale=a.rank_scale)
+    _common.check_matrix(_OP, "W_enc", a.W_enc, "[F, D]")
+    f, d = a.W_enc.shape
     if d == 0:
-        raise ValueError(f"{_OP}: W_enc must have D >= 1, got {_common.shape(W_enc)}")
-    _common.check_last(_OP, "x", x, d, "D")
-    _common.check_vector(_OP, "b_enc", b_enc, f, "F")
-    _common.check_vector(_OP, "rank_scale", rank_scale, f, "F")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{_OP}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
+        raise ValueError(f"{_OP}: W_enc must have D >= 1, got {_common.shape(a.W_enc)}")
+    _common.check_last(_OP, "x", a.x, d, "D")
+    _common.check_vector(_OP, "b_enc", a.b_enc, f, "F")
+    _common.check_vector(_OP, "rank_scale", a.rank_scale, f, "F")
+    if a.activation not in _ACTIVATIONS:
+        raise ValueError(f"{_OP}: activation must be one of {_ACTIVATIONS}, got {a.activation!r}")
     competing, name = f, "F"
-    if latents is not None:
-        if latents.dim() != 1:
-            raise ValueError(f"{_OP}: latents must be [M], got {_common.shape(latents)}")
-        _common.check_indices(_OP, latents, W_enc, "W_enc", "latents")
-        competing, name = latents.shape[0], "M, the number of latents"
-    if not 1 <= k <= competing:
-        raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {k}")
-    if filter not in _FILTERS:
-        raise ValueError(f"{_OP}: filter must be one of {_FILTERS}, got {filter!r}")
-    if filter == "fp8" and k > 1024:
-        raise ValueError(f"{_OP}: filter='fp8' takes k up to 1024, got {k}")
+    if a.latents is not None:
+        if a.latents.dim() != 1:
+            raise ValueError(f"{_OP}: latents must be [M], got {_common.shape(a.latents)}")
+        _common.check_indices(_OP, a.latents, a.W_enc, "W_enc", "latents")
+        competing, name = a.latents.shape[0], "M, the number of latents"
+    if not 1 <= a.k <= competing:
+        raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {a.k}")
+    if a.filter not in _FILTERS:
+        raise ValueError(f"{_OP}: filter must be one of {_FILTERS}, got {a.filter!r}")
+    if a.filter == "fp8" and a.k > 1024:
+        raise ValueError(f"{_OP}: filter='fp8' takes k up to 1024, got {a.k}")
 
 
-def _run(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    k: int,
-    activation: str = "relu",
-    rank_scale: torch.Tensor | None = None,
-    latents: torch.Tensor | None = None,
-    filter: str = "exact",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, W_enc, b_enc, k, activation, rank_scale, latents, filter)
+def _compute(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    x, W_enc, b_enc, k, activation, rank_scale, latents, filter = a
     if latents is not None:
         chosen = latents.long()
         W_enc = W_enc.index_select(0, chosen)
@@ -152,22 +147,12 @@ def _run(
     )
     if latents is not None:
         indices = latents.to(torch.int32)[indices.long()]
-    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+    return _common.unflat(values, x), _common.unflat(indices, x)
 
 
-def _fake(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    k: int,
-    activation: str = "relu",
-    rank_scale: torch.Tensor | None = None,
-    latents: torch.Tensor | None = None,
-    filter: str = "exact",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, W_enc, b_enc, k, activation, rank_scale, latents, filter)
-    size = (*x.shape[:-1], k)
-    return x.new_empty(size), x.new_empty(size, dtype=torch.int32)
+def _fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    size = (*a.x.shape[:-1], a.k)
+    return a.x.new_empty(size), a.x.new_empty(size, dtype=torch.int32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -184,7 +169,7 @@ def _backward(
     ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * len(Arguments._fields)
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing frees what was unpacked
     _common.refuse_double_backward(_OP, (grad, *saved))
     x, W_enc, values, indices = saved
@@ -201,25 +186,11 @@ def _backward(
     return dx, dW_enc, db_enc, None, None, None, None, None
 
 
-def _autocast(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    k: int,
-    activation: str = "relu",
-    rank_scale: torch.Tensor | None = None,
-    latents: torch.Tensor | None = None,
-    filter: str = "exact",
-) -> tuple[Any, ...]:
-    return x.to(W_enc.dtype), W_enc, b_enc, k, activation, rank_scale, latents, filter
+def _autocast(a: Arguments) -> Arguments:
+    return a._replace(x=a.x.to(a.W_enc.dtype))
 
 
-_common.register(
-    _OP,
-    _run,
-    _fake,
-    backward=_backward,
-    setup_context=_setup_context,
-    autocast=_autocast,
-    vmap_batched=1,
-)
+_run = _common.register(
+    _OP, Arguments, check=_check, compute=_compute, fake=_fake, autocast=_autocast,
+    backward=_backward, setup_context=_setup_context, vmap_batched=1,
+)  # fmt: skip

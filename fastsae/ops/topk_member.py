@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +69,10 @@ def topk_member(
     """
     codes, bounds = (None, None) if screen is None else screen
     if _common.unobserved(x, W_enc):
-        return _run(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
+        member: torch.Tensor = _run(
+            x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
+        )
+        return member
     out: torch.Tensor = torch.ops.fastsae.topk_member(
         x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
     )
@@ -95,7 +98,8 @@ class Prepared:
         self.screen = topk_screen(W_enc) if screened else None
         none = W_enc.new_empty(0, W_enc.shape[1])
         no_latents = none.new_empty(0, 1, dtype=torch.int32)
-        _check(none, W_enc, b_enc, no_latents, k, rank_scale, positive, *(self.screen or ()))
+        rest = (no_latents, k, rank_scale, positive, *(self.screen or ()))
+        _check(Arguments(none, W_enc, b_enc, *rest))
         self.W_enc, self.version = W_enc, version_of(W_enc)
         b_enc, rank_scale = (
             None if t is None else t.detach().contiguous() for t in (b_enc, rank_scale)
@@ -218,38 +222,43 @@ def _check_weights(W_enc: torch.Tensor) -> None:
         raise ValueError(f"{_OP}: W_enc must have D >= 1, got {_common.shape(W_enc)}")
 
 
-def _check(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    latents: torch.Tensor,
-    k: int,
-    rank_scale: torch.Tensor | None = None,
-    positive: bool = False,
-    codes: torch.Tensor | None = None,
-    bounds: torch.Tensor | None = None,
-) -> None:
-    _common.check_floats(_OP, x=x, W_enc=W_enc, b_enc=b_enc, rank_scale=rank_scale)
+class Arguments(NamedTuple):
+    """Of `topk_member`."""
+
+    x: torch.Tensor
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor | None
+    latents: torch.Tensor
+    k: int
+    rank_scale: torch.Tensor | None = None
+    positive: bool = False
+    codes: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
+
+
+def _check(a: Arguments) -> None:
+    x, W_enc, latents = a.x, a.W_enc, a.latents
+    _common.check_floats(_OP, x=x, W_enc=W_enc, b_enc=a.b_enc, rank_scale=a.rank_scale)
     _check_weights(W_enc)
     F, D = W_enc.shape
     _common.check_last(_OP, "x", x, D, "D")
-    _common.check_vector(_OP, "b_enc", b_enc, F, "F")
-    _common.check_vector(_OP, "rank_scale", rank_scale, F, "F")
+    _common.check_vector(_OP, "b_enc", a.b_enc, F, "F")
+    _common.check_vector(_OP, "rank_scale", a.rank_scale, F, "F")
     _common.check_indices(_OP, latents, x, "x", "latents")
     if latents.dim() < 1 or latents.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{_OP}: latents {_common.shape(latents)} must be [..., J] with the leading dimensions "
             f"of x {_common.shape(x)}"
         )
-    if F >= 2**31 or not 1 <= k <= F:
-        raise ValueError(f"{_OP}: k must lie in [1, {F}] (F), got {k}")
-    if codes is None and bounds is None:
+    if F >= 2**31 or not 1 <= a.k <= F:
+        raise ValueError(f"{_OP}: k must lie in [1, {F}] (F), got {a.k}")
+    if a.codes is None and a.bounds is None:
         return
     if x.dtype == torch.float64:
         raise TypeError(f"{_OP}: a screen bounds fp32 scores; fp64 takes none")
     for name, part, size, dtype in (
-        ("codes", codes, (2, F, D), torch.int8),
-        ("bounds", bounds, (4, F), torch.float32),
+        ("codes", a.codes, (2, F, D), torch.int8),
+        ("bounds", a.bounds, (4, F), torch.float32),
     ):
         if part is None or part.shape != size or part.dtype != dtype or part.device != x.device:
             raise ValueError(
@@ -257,18 +266,8 @@ def _check(
             )
 
 
-def _run(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    latents: torch.Tensor,
-    k: int,
-    rank_scale: torch.Tensor | None = None,
-    positive: bool = False,
-    codes: torch.Tensor | None = None,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
+def _compute(a: Arguments) -> torch.Tensor:
+    x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds = a
     F = W_enc.shape[0]
     if latents.dtype == torch.int64:
         # clamped, not wrapped: a latent that int32 cannot hold stays out of range
@@ -289,7 +288,7 @@ def _run(
         None if codes is None else codes.contiguous(),
         None if bounds is None else bounds.contiguous(),
     )
-    return out.view(latents.shape)
+    return _common.unflat(out, latents)
 
 
 def _among(
@@ -315,19 +314,8 @@ def _among(
     return member
 
 
-def _fake(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    latents: torch.Tensor,
-    k: int,
-    rank_scale: torch.Tensor | None = None,
-    positive: bool = False,
-    codes: torch.Tensor | None = None,
-    bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    _check(x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds)
-    return x.new_empty(latents.shape, dtype=torch.bool)
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.x.new_empty(a.latents.shape, dtype=torch.bool)
 
 
-_common.register(_OP, _run, _fake)
+_run = _common.register(_OP, Arguments, check=_check, compute=_compute, fake=_fake)
