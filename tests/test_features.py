@@ -85,6 +85,9 @@ class Letters:
     def __getitem__(self, token: int) -> str:
         return chr(97 + token)
 
+    def pieces(self, tokens: list[int]) -> list[str]:
+        return [self[t] for t in tokens]
+
 
 def test_example_has_the_text_and_activations_around_its_place() -> None:
     sae = fastsae.nn.TopKSAE(4, 8, 2, seed=0).eval()

@@ -635,10 +635,10 @@ def test_too_many_prompts_are_refused_before_they_are_read(server, service, monk
 def test_a_long_prompt_holds_nobody_up(server, service, monkeypatch, path):
     begun, original = threading.Event(), service._read
 
-    def slowly(text):
+    def slowly(text, **options):
         begun.set()
         time.sleep(1.5)
-        return original(text)
+        return original(text, **options)
 
     monkeypatch.setattr(service, "_read", slowly)
     body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}

@@ -174,7 +174,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def _lines(tokenizer: Any, path: Path) -> list[list[int]]:
-    from ..steer.vectors import encoded
+    from ..lm.tokens import encoded
 
     return [encoded(tokenizer, line) for line in _texts(path)]
 

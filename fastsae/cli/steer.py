@@ -41,8 +41,8 @@ def steer(
     import torch
 
     from ..lm.load import load_subject
+    from ..lm.tokens import encoded
     from ..steer import attach, clamp, describe
-    from ..steer.vectors import encoded
 
     trained, statistics, hook = load_sae(sae, device, layer, hook)
     try:

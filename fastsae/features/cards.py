@@ -262,7 +262,7 @@ def make_example(
     activation = (code.values * (code.indices == latent)).sum(-1)
     return Example(
         document=store.windows.documents[window],
-        tokens=[text[t] for t in store.windows.tokens[window, low:high].tolist()],
+        tokens=text.pieces(store.windows.tokens[window, low:high].tolist()),
         activations=[round(float(a), 4) for a in activation],
         peak=position - low,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .sites import output_of
+from .tokens import encoded, head
 
 
 class _Reached(Exception):  # noqa: N818
@@ -71,8 +72,8 @@ def windows_of(
 ) -> Windows:
     """Tokenises `(name, text)` pairs and cuts them into windows of `length` tokens.
 
-    Every window starts with the tokenizer's BOS (or EOS where it has no BOS), when it has one. A
-    document's last, shorter piece is dropped.
+    Every window starts with the tokenizer's BOS, when it has one (`encoded`). A document's last,
+    shorter piece is dropped.
 
     Args:
         max_windows: stop here.
@@ -81,23 +82,20 @@ def windows_of(
     Raises:
         ValueError: the text is too short for one window.
     """
-    first = tokenizer.bos_token_id
-    if first is None:
-        first = tokenizer.eos_token_id
-    head = [] if first is None else [first]
-    body = length - len(head)
+    first = head(tokenizer)
+    body = length - len(first)
     if body < 1:
         raise ValueError(f"windows_of: length must be at least 2, got {length}")
     rows: list[list[int]] = []
     names: list[str] = []
     for name, text in documents:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encoded(tokenizer, text)[len(first) :]
         count = len(ids) // body
         taken = range(count)
         if per_document is not None and count > per_document:
             taken = range(0, count, -(-count // per_document))
         for i in taken:
-            rows.append(head + ids[i * body : (i + 1) * body])
+            rows.append(first + ids[i * body : (i + 1) * body])
             names.append(name)
         if max_windows is not None and len(rows) >= max_windows:
             break

@@ -294,8 +294,8 @@ def _texts(
     return [
         Text(
             prompt=text.text([t for t in prompts[i].tolist() if t not in special]),
-            before=[text[t] for t in before[i].tolist()],
-            after=[text[t] for t in after[i].tolist()],
+            before=text.pieces(before[i].tolist()),
+            after=text.pieces(after[i].tolist()),
             own_before=torch.isin(before[i], own).tolist(),
             own_after=torch.isin(after[i], own).tolist(),
         )

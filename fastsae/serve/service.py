@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..lm.tokens import TokenText
+from ..lm.tokens import TokenText, encoded, head
 from ..nn import Description
 from ..steer.operations import Operation
 from .engine import ClosedError, Engine, Event, Row, Sampling
@@ -117,18 +117,17 @@ class Service:
     # -- requests ---------------------------------------------------------------------------------
 
     def encode(self, prompt: str | list[int]) -> list[int]:
-        """With the model's BOS in front of a text, when it has one. From any thread."""
+        """A text as `encoded` reads it; an empty one is the BOS alone. From any thread."""
         if isinstance(prompt, list):
             vocabulary = len(self.tokenizer)
             if any(token >= vocabulary for token in prompt):
                 raise RefusedError(400, f"prompt: token ids must be below {vocabulary}")
             return prompt
-        ids = self._read(prompt)
-        first = self.tokenizer.bos_token_id
-        return ids if first is None else [first, *ids]
+        return self._read(prompt, bos=True) or head(self.tokenizer)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """By the tokenizer's template; a model without one reads the messages as plain text."""
+        """By the tokenizer's template, which alone decides about a BOS: it writes what the model
+        was trained on. A model without a template reads the messages as plain text."""
         if getattr(self.tokenizer, "chat_template", None):
             try:
                 text = self.tokenizer.apply_chat_template(
@@ -136,13 +135,12 @@ class Service:
                 )
             except Exception as error:  # templates refuse orders of roles in their own ways
                 raise RefusedError(400, f"messages: the chat template says: {error}") from error
-            return self._read(text)
+            return self._read(text, bos=False)
         return self.encode("\n".join(m["content"] for m in messages))
 
-    def _read(self, text: str) -> list[int]:
+    def _read(self, text: str, *, bos: bool) -> list[int]:
         with self._encoding:  # a call may set the tokenizer's options
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+            return encoded(self.tokenizer, text, bos=bos)
 
     def start(
         self,
@@ -197,7 +195,7 @@ class Service:
             )
         except ValueError as error:
             raise RefusedError(400, str(error)) from error
-        texts = [TextStream(self.tokenizer, stops) for _ in rows]
+        texts = [TextStream(self.tokenizer, stops, prompt) for prompt in prompts]
         return Job(self.engine, rows, texts, events, sum(map(len, prompts)))
 
     def program(self, edits: Any) -> list[Operation] | None:
@@ -238,8 +236,8 @@ class Service:
         if self.sae is None or self._readout is None:
             return known
         forms = (query, " " + query)
-        encoded = [self._read(t) for t in forms]
-        tokens = sorted({ids[0] for ids in encoded if ids})
+        ids = [self._read(t, bos=False) for t in forms]
+        tokens = sorted({some[0] for some in ids if some})
         if not tokens:
             return known
         columns = self._readout[:, tokens].to(self.sae.W_dec.dtype)

@@ -5,49 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_TAIL = 8  # tokens decoded again with each new one: the bytes of a character span fewer
+from ..lm.tokens import Growing
 
 
 class TextStream:
-    """Text of one sequence, in pieces that are never taken back.
+    """Text of one completion, in pieces that are never taken back.
+
+    Prompt and completion, side by side, are the decoding of all tokens: the completion is what
+    decoding adds to the end of the prompt, whose tokens a decoder may need (sentencepiece drops the
+    space that a text begins with).
 
     Held back: bytes of an unfinished character, and the beginning of what may become a stop string.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
-        self._read = 0  # tokens whose text is in `_text`
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        def decode(ids: list[int]) -> str:
+            text: str = tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return text
+
+        self._growing, self._stops = Growing(decode, prompt), tuple(stops)
         self._text = ""
         self._sent = 0
         self.stopped = False
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
     def push(self, token: int) -> str:
         """The text that this token completes; after a stop string nothing."""
-        self._ids.append(token)
-        self._grow(final=False)
+        if not self.stopped:
+            self._text += self._growing.push(token)
         return self._ready(final=False)
 
     def end(self) -> str:
         """What was held back."""
-        self._grow(final=True)
+        if not self.stopped:
+            self._text += self._growing.end()
         return self._ready(final=True)
-
-    def _grow(self, final: bool) -> None:
-        if self.stopped:
-            return
-        first = max(0, self._read - _TAIL)
-        known = self._decode(self._ids[first : self._read])
-        text = self._decode(self._ids[first:])
-        if len(text) > len(known) and (final or not text.endswith("\ufffd")):
-            self._text += text[len(known) :]
-            self._read = len(self._ids)
 
     def _ready(self, final: bool) -> str:
         if self.stopped:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..lm.harvest import activations_at
 from ..lm.sites import blocks_of, find_site
+from ..lm.tokens import encoded
 from .attach import Steerer, attach
 from .operations import Program, project_out
 from .positions import Positions
@@ -24,13 +25,6 @@ from .positions import Positions
 # What the families of transformers call a block's attention and its MLP.
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")
-
-
-def encoded(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, the model's BOS in front when it has one. No text: none."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = tokenizer.bos_token_id
-    return ids if first is None or not ids else [first, *ids]
 
 
 def prompt_activations(
