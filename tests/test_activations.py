@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastsae.features.cards import _where as place_of
 from fastsae.lm.harvest import Windows, activations_at, collect, stream_activations, windows_of
 from fastsae.lm.sites import edited, find_site
+from fastsae.lm.splice import cross_entropy, splice_loss
+from fastsae.nn import TopKSAE
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,6 +90,30 @@ def test_collect_keeps_the_rows_of_the_stream_and_its_bound() -> None:
     bounded = collect(model, module, windows, batch_windows=2, max_bytes=3 * 7 * 16 * 4 + 5)
     assert len(bounded.windows) == 3
     torch.testing.assert_close(bounded.activations, rows[:21])
+
+
+@pytest.mark.parametrize("skip_first", [0, 3, 7])
+def test_positions_left_out_are_one_setting(skip_first):
+    """Of the windows: what is harvested, spliced and shown follows."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**FAMILIES["gpt2"][1])).eval()
+    _, module = find_site(model, layer=1)
+    windows = Windows(torch.randint(40, (3, 8)), list("abc"), skip_first)
+    whole = activations_at(model, module, windows.tokens)
+    store = collect(model, module, windows)
+    assert store.windows.skip_first == windows.select([1]).skip_first == skip_first
+    torch.testing.assert_close(store.activations, whole[:, skip_first:].reshape(-1, 16))
+    sae = TopKSAE(16, 32, 2, seed=0).eval()
+    found = splice_loss(model, module, sae, windows)
+    edit = lambda x: torch.cat([x[:, :skip_first], sae(x[:, skip_first:])], 1)  # noqa: E731
+    assert found.ce_spliced == cross_entropy(model, windows, edited(module, edit))
+    place = len(store) - 1
+    assert place_of(store, place) == (2, 7)
+
+
+@pytest.mark.parametrize("skip_first", [-1, 8, 9])
+def test_windows_of_which_nothing_is_left_are_refused(skip_first):
+    with pytest.raises(ValueError, match="skip_first must lie in"):
+        Windows(torch.zeros(1, 8, dtype=torch.long), ["a"], skip_first)
 
 
 class Characters:

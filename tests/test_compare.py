@@ -168,7 +168,7 @@ def test_compare_sets_what_it_says():
 
 def test_leads_and_excerpts():
     tokens = torch.tensor([[0, 5, 6, 7, 5], [0, 1, 1, 1, 1], [0, 5, 5, 5, 9], [0, 9, 9, 9, 5]])
-    store = Store(torch.zeros(16, 2), Windows(tokens, ["a", "b", "c", "a"]), 1)
+    store = Store(torch.zeros(16, 2), Windows(tokens, ["a", "b", "c", "a"]))
     own = torch.tensor([5, 6])
     assert concept.leads(store, own).view(4, 4).int().tolist() == [
         [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0],

@@ -92,7 +92,7 @@ class Letters:
 def test_example_has_the_text_and_activations_around_its_place() -> None:
     sae = fastsae.nn.TopKSAE(4, 8, 2, seed=0).eval()
     x = torch.randn(2 * 5, 4, generator=torch.Generator().manual_seed(0))
-    store = Store(x, Windows(torch.arange(12).view(2, 6), ["one", "two"]), 1)
+    store = Store(x, Windows(torch.arange(12).view(2, 6), ["one", "two"]))
     values, indices, _ = sae.encode(x)
     place = 7  # window 1, position 3: token 9
     latent = int(indices[place, 0])

@@ -211,8 +211,8 @@ def make_card(
 
 def _where(store: Store, place: int) -> tuple[int, int]:
     """Window and position in it of row `place` of the store."""
-    per_window = store.windows.tokens.shape[1] - store.skip_first
-    return place // per_window, place % per_window + store.skip_first
+    per_window = store.windows.kept.shape[1]
+    return place // per_window, place % per_window + store.windows.skip_first
 
 
 def _distinct(store: Store, places: list[int], count: int) -> list[int]:
@@ -255,7 +255,7 @@ def make_example(
 ) -> Example:
     """The text around row `place` of the store, with the latent's activation on every token."""
     window, position = _where(store, place)
-    low = max(store.skip_first, position - before)
+    low = max(store.windows.skip_first, position - before)
     high = min(store.windows.tokens.shape[1], position + after + 1)
     rows = store.activations[place - (position - low) : place + (high - position)]
     code = sae.encode(rows)

@@ -48,10 +48,29 @@ class Windows:
     Attributes:
         tokens: [W, T] int64 token ids.
         documents: W names, the document that each window is from.
+        skip_first: positions at the start of every window that are left out everywhere: harvested,
+            spliced, counted or shown. The first token of a text often has an activation of another
+            size than all others, which says nothing of the text.
+
+    Raises:
+        ValueError: nothing is left of a window.
     """
 
     tokens: torch.Tensor
     documents: list[str]
+    skip_first: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.skip_first < self.tokens.shape[1]:
+            raise ValueError(
+                f"Windows: skip_first must lie in [0, {self.tokens.shape[1] - 1}] for windows of "
+                f"{self.tokens.shape[1]} tokens, got {self.skip_first}"
+            )
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """[W, T - skip_first], the tokens that are not left out."""
+        return self.tokens[:, self.skip_first :]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -59,7 +78,8 @@ class Windows:
     def select(self, chosen: Sequence[int] | torch.Tensor) -> Windows:
         """Some of the windows, in the order given."""
         order = torch.as_tensor(chosen, dtype=torch.long)
-        return Windows(self.tokens[order], [self.documents[i] for i in order.tolist()])
+        names = [self.documents[i] for i in order.tolist()]
+        return Windows(self.tokens[order], names, self.skip_first)
 
 
 def windows_of(
@@ -69,6 +89,7 @@ def windows_of(
     max_windows: int | None = None,
     *,
     per_document: int | None = None,
+    skip_first: int = 1,
 ) -> Windows:
     """Tokenises `(name, text)` pairs and cuts them into windows of `length` tokens.
 
@@ -78,6 +99,7 @@ def windows_of(
     Args:
         max_windows: stop here.
         per_document: at most this many windows of one document, spread over it.
+        skip_first: see `Windows`.
 
     Raises:
         ValueError: the text is too short for one window.
@@ -102,7 +124,7 @@ def windows_of(
     if not rows:
         raise ValueError(f"windows_of: no document is as long as one window of {length} tokens")
     rows, names = rows[:max_windows], names[:max_windows]
-    return Windows(torch.tensor(rows, dtype=torch.long), names)
+    return Windows(torch.tensor(rows, dtype=torch.long), names, skip_first)
 
 
 @dataclass(frozen=True)
@@ -148,12 +170,10 @@ class Store:
         activations: [N, D]; row n is token `skip_first + n % P` of window `n // P`, where
             P = T - skip_first.
         windows: the windows they come from, so that token ids and text can be found again.
-        skip_first: positions left out at the start of every window.
     """
 
     activations: torch.Tensor
     windows: Windows
-    skip_first: int
 
     def __len__(self) -> int:
         return self.activations.shape[0]
@@ -164,7 +184,6 @@ def collect(
     module: nn.Module,
     windows: Windows,
     *,
-    skip_first: int = 1,
     max_bytes: int = 1 << 30,
     dtype: torch.dtype = torch.float32,
     batch_windows: int = 16,
@@ -172,18 +191,17 @@ def collect(
 ) -> Store:
     """Runs the model over `windows` and keeps the activations, at most `max_bytes` of them.
 
-    Windows beyond that bound are not run at all (see `Store.windows`). The first `skip_first`
-    positions of a window are left out: the first token of a text often has an activation of
-    another size than all others, which says nothing of the text.
+    Windows beyond that bound are not run at all (see `Store.windows`), and the positions that
+    windows leave out are not kept.
     """
-    kept = len(windows.tokens[0]) - skip_first
+    kept = windows.kept.shape[1]
     out: torch.Tensor | None = None
     at = 0
     used = windows
     for batch in stream_activations(
         model, module, windows, batch_windows=batch_windows, progress=progress
     ):
-        x = batch.activations[:, skip_first:]
+        x = batch.activations[:, windows.skip_first :]
         rows = x.reshape(-1, x.shape[-1])
         if out is None:
             per_window = kept * x.shape[-1] * dtype.itemsize
@@ -196,4 +214,4 @@ def collect(
         if at == out.shape[0]:
             break
     assert out is not None
-    return Store(out, used, skip_first)
+    return Store(out, used)

@@ -65,13 +65,14 @@ def splice_loss(
     sae: SparseCoder,
     windows: Windows,
     *,
-    skip_first: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> SpliceLoss:
     """The model's loss with `module`'s output untouched, reconstructed and zeroed.
 
-    The first `skip_first` positions, which the SAE is not trained on, stay untouched in all three.
+    The positions that windows leave out, which the SAE is not trained on, stay untouched in all
+    three.
     """
+    skip_first = windows.skip_first
 
     def replaced(with_what: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def edit(x: torch.Tensor) -> torch.Tensor:

@@ -268,7 +268,7 @@ def study_latents(
     settings: Settings, subject: Subject, sae: TopKSAE, store: Store, progress: Progress
 ) -> Found:
     """Statistics of every latent, and cards of those that read best."""
-    tokens = store.windows.tokens[:, store.skip_first :]
+    tokens = store.windows.kept
     n_windows, per_window = tokens.shape
     n_windows = min(n_windows, max(1, settings.stats_tokens // per_window))
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]

@@ -23,7 +23,7 @@ def latent_words(
     Raises:
         ValueError: there are none.
     """
-    tokens = store.windows.tokens[:, store.skip_first :].reshape(-1)[: len(store)]
+    tokens = store.windows.kept.reshape(-1)[: len(store)]
     effect = logit_effect(model, sae.W_dec[latent : latent + 1])[0].cpu()
     fires = TokenMass(1, len(effect))
     for rows, here in zip(store.activations.split(8192), tokens.split(8192)):
@@ -61,7 +61,7 @@ def word_tokens(tokenizer: Any, words: Sequence[str], n_tokens: int) -> torch.Te
 
 def leads(store: Store, concept: torch.Tensor) -> torch.Tensor:
     """For every row of the store, whether the next token is among `concept`."""
-    tokens = store.windows.tokens[:, store.skip_first :]
+    tokens = store.windows.kept
     following = torch.zeros_like(tokens, dtype=torch.bool)
     following[:, :-1] = torch.isin(tokens[:, 1:], concept)
     return following.reshape(-1)
@@ -69,7 +69,7 @@ def leads(store: Store, concept: torch.Tensor) -> torch.Tensor:
 
 def excerpts(store: Store, concept: torch.Tensor, count: int, length: int = 24) -> list[list[int]]:
     """The stretches of `length` tokens that hold most of `concept`, each of another document."""
-    tokens = store.windows.tokens[:, store.skip_first :]
+    tokens = store.windows.kept
     held = torch.isin(tokens, concept).float().unfold(1, min(length, tokens.shape[1]), 1).sum(-1)
     most, start = held.max(1)
     out: dict[str, list[int]] = {}
