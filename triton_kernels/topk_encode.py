@@ -179,7 +179,7 @@ class Preference:
     design: str
     d: int = 1  # D at least
     f_of_k: int = 1  # F at least so many times k
-    named: bool = False  # only where `trusted` names it
+    named: bool = False  # only where `trusted` names it, which dispatch does for none yet
 
 
 # Exact designs, the best first: the first that can run, is trusted and has the shape takes a call.
