@@ -48,9 +48,11 @@ FLAGS = [
     f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
     f"-ffile-prefix-map={ROOT}/=",  # error messages name csrc/..., not this machine
 ]  # fmt: skip
+# nvcc hands these on by way of a shell and cuts them at commas: a folder with either does without
+_MAP = "" if re.search(r"[^\w/.+-]", str(ROOT)) else f",-ffile-prefix-map={ROOT}/="
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
-    "-Xcompiler", f"-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}/=",
+    "-Xcompiler", f"-fPIC,-fvisibility=hidden{_MAP}",
 ]  # fmt: skip
 PROBE = """
 #include <cuda.h>

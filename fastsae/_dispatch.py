@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +49,8 @@ DESIGNS: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
     },
 }
 ASKED_FOR: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
-    # "hopper" has not run on a GPU: a fault in it could hang. "fp8" can miss a latent.
+    # "hopper" has not run on a GPU, and a fault in it could hang: only checks, benchmarks and a
+    # direct call of the kernel with design="hopper" reach it. "fp8" can miss a latent.
     ("topk_encode", "triton"): {"hopper": _LOW_DTYPES, "fp8": _GPU_DTYPES},
 }
 
@@ -203,18 +206,40 @@ def _is_guarded(device: torch.device, backend: str) -> bool:
     return backend != "cpu" or not os.environ.get("FASTSAE_CPU_LEVEL")
 
 
+# Checks that could not be made, and until when (time.monotonic) they are not tried again: each try
+# on a GPU is a process.
+_put_off: dict[tuple[Check, torch.device], tuple[float, Result]] = {}
+_PUT_OFF_S = 60.0
+
+
 def _results(checks: list[Check], device: torch.device) -> dict[Check, Result]:
     """The record of checks, which are run now where it has none."""
-    record = _verified.record(device)
-    if any(record[c].state not in (PASSED, FAILED) for c in checks):
-        record.refresh()
-    unknown = [c for c in checks if record[c].state not in (PASSED, FAILED)]
+    record, settled = _verified.record(device), (PASSED, FAILED)
     found = {c: record[c] for c in checks}
+    unknown = []
+    for c in checks:
+        if found[c].state in settled:
+            continue
+        until, result = _put_off.get((c, device), (0.0, found[c]))
+        if time.monotonic() < until:
+            found[c] = result
+        else:
+            unknown.append(c)
     if unknown:
-        from .verify import first_use
+        record.refresh()
+        found |= {c: record[c] for c in unknown}
+        unknown = [c for c in unknown if found[c].state not in settled]
+    if not unknown:
+        return found
+    from .verify import first_use
 
-        found |= first_use.check(unknown, device)
-    return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return found | first_use.check(unknown, device)  # nothing is tried: ask again afterwards
+    tried = first_use.check(unknown, device)
+    for c, result in tried.items():
+        if result.state == UNKNOWN:
+            _put_off[c, device] = time.monotonic() + _PUT_OFF_S, result
+    return found | tried
 
 
 _warned: set[Check] = set()
@@ -271,12 +296,21 @@ _selected: dict[_Key, tuple[str, Callable[..., Any]]] = {}
 def forget() -> None:
     """Chooses anew from here on, after a library was loaded or a level changed."""
     _selected.clear()
+    _put_off.clear()
     for cached in (_missing, _no_image, _too_old):
         cached.cache_clear()
 
 
+_choosing = threading.RLock()  # a check may bring another CPU level into force
+
+
 def _select(key: _Key) -> tuple[str, Callable[..., Any]]:
     """The backend's name and its implementation for tensors of one device and dtype."""
+    with _choosing:
+        return _selected.get(key) or _chosen(key)
+
+
+def _chosen(key: _Key) -> tuple[str, Callable[..., Any]]:
     op, device, dtype, forced = key
     if forced is not None:
         why = _missing(op, forced, device, dtype)
@@ -301,20 +335,22 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any
             continue
         run = _implementation(op, backend)
         if _is_guarded(device, backend):
-            results = _results(_candidates(op, backend, device, dtype), device)
+            results = _proved(op, backend, device, dtype)
             for check, result in results.items():
                 if result.state != PASSED:
                     _warn(check, result, device)
                     if result.state == UNKNOWN:
                         unproved = check
             trusted = frozenset(c.design for c, r in results.items() if r.state == PASSED)
-            if not trusted:
-                if backend == "cpu" and _lower_level():
-                    return _select(key)
+            within = _within(op, backend, device, dtype)
+            if not trusted or (within and not any(w.state == PASSED for w in within.values())):
                 reasons.append(f"the {backend} kernels did not pass their checks here")
                 continue
-            if len(trusted) < len(results):
+            if backend != "cpu" and len(trusted) < len(results):
                 run = partial(_some_designs, key, order[i + 1 :], run, trusted)
+            if any(w.state != PASSED for w in within.values()):
+                passed = frozenset(c.design for c, w in within.items() if w.state == PASSED)
+                run = partial(_some_within, key, order[i + 1 :], run, passed)
         elif backend == "reference":
             if unproved is not None:
                 from .verify import first_use
@@ -339,15 +375,54 @@ def _some_designs(
     return run(*args, design=design)
 
 
-def _lower_level() -> bool:
-    """Takes the next lower CPU level, for everything; whether there is one."""
+def _some_within(
+    key: _Key, rest: tuple[str, ...], run: Callable[..., Any], passed: frozenset[str], *args: Any
+) -> Any:
+    """topk_member on a backend of whose topk_encode some designs failed."""
+    x, W_enc, k = args[0], args[1], args[4]
+    tokens = x.view(-1, x.shape[-1])
+    if _triton_module("topk_encode").design_of(tokens, W_enc, k, passed) is None:
+        return _first_of(rest, key)[1](*args)
+    return run(*args, trusted=passed)
+
+
+def _proved(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[Check, Result]:
+    """The checks that stand between a call without a wish and `backend`.
+
+    On a CPU those of its level and, while they fail, of the ones below; the first that passes comes
+    into force, for everything.
+    """
+    if backend != "cpu":
+        return _results(_candidates(op, backend, device, dtype), device)
+    results: dict[Check, Result] = {}
+    before = torch.ops.fastsae._cpu_level()
+    for check in _levels(op, dtype):
+        results |= _results([check], device)
+        if results[check].state == PASSED:
+            if check.design != before:
+                forget()
+            torch.ops.fastsae._set_cpu_level(check.design)
+            return results
+    torch.ops.fastsae._set_cpu_level(before)  # for the ops of which it has passed
+    return results
+
+
+def _levels(op: str, dtype: torch.dtype) -> list[Check]:
+    """The checks of the CPU level in force and of those below, downwards."""
     levels = torch.ops.fastsae._cpu_levels().split()
     at = levels.index(torch.ops.fastsae._cpu_level())
-    if at == 0:
-        return False
-    torch.ops.fastsae._set_cpu_level(levels[at - 1])
-    forget()
-    return True
+    name = str(dtype).removeprefix("torch.")
+    return [Check(op, "cpu", level, name) for level in reversed(levels[: at + 1])]
+
+
+# Ops whose kernels call another op's: only its designs that have passed are used there.
+_BUILT_ON = {("topk_member", "triton"): "topk_encode"}
+
+
+def _within(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[Check, Result]:
+    """The checks of the op that `backend`'s kernel of `op` calls; {} where it calls none."""
+    inner = _BUILT_ON.get((op, backend))
+    return {} if inner is None else _results(_candidates(inner, backend, device, dtype), device)
 
 
 def select(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
@@ -420,12 +495,15 @@ def _states(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     record = _verified.record(device)
     record.refresh()
     found = {}
-    for check in _candidates(op, backend, device, dtype):
+    wanted = _candidates(op, backend, device, dtype)
+    for check in _levels(op, dtype) if backend == "cpu" else wanted:
         result = record[check]
         if result.state in (PASSED, FAILED):
             found[check.design] = result.state + (f": {result.reason}" if result.reason else "")
         else:
             found[check.design] = "unknown: checked at first use"
+        if backend == "cpu" and result.state != FAILED:
+            break  # the level that a call would take
     return found
 
 
@@ -468,17 +546,22 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     device, dtype = like.device, like.dtype
-    backend = chosen(op, device, dtype)
+    backend, designs = chosen(op, device, dtype), {}
     lines = [f"{op} on {device}, {dtype}: {backend}" + (" (forced)" if _forced else "")]
     for choice in verdicts(op, device, dtype):
         lines.append(f"  {choice.backend}: {choice.missing or 'usable'}")
         lines += [f"    {design}: {state}" for design, state in choice.designs.items()]
+        if choice.backend == backend:
+            designs = choice.designs
+    usable = [design for design, state in designs.items() if not state.startswith(FAILED)]
     if backend == "cpu" and _library.CPU_MISSING is None:
-        lines.append(f"  C++ level: {torch.ops.fastsae._cpu_level()}")
+        level = usable[0] if usable else torch.ops.fastsae._cpu_level()
+        lines.append(f"  C++ level: {level}")
     if (op, backend) in DESIGNS and len(tensors) > 1:
         k = kwargs.get("k", args[3] if len(args) > 3 else None)
+        trusted = frozenset(usable) if designs and _forced is None else None
         if isinstance(k, int):
-            lines.append(f"  design: {_triton_module(op).design_of(*tensors[:2], k)}")
+            lines.append(f"  design: {_triton_module(op).design_of(*tensors[:2], k, trusted)}")
     copies = [tuple(t.shape) for t in tensors if not t.is_contiguous()]
     if copies:
         lines.append(f"  copied first, not contiguous: {', '.join(map(str, copies))}")

@@ -18,7 +18,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+# The child finds what its parent finds: a folder named fastsae where it happens to run, or a module
+# called like one of Python's own, is not it. (-c looks there first, so nothing is imported before.)
+_BOOT = """
+import sys
+sys.path[:] = eval(sys.argv[1])
+from fastsae import _isolated
+_isolated.run_as_child(*sys.argv[2:4])
+"""
+_HOME = Path(__file__).resolve().parent
+
+
+def _search_path() -> list[str]:
+    """This process's, the folder that "" stood for when this package was imported included."""
+    root = str(_HOME.parent)
+    known = any(p and Path(p).resolve() == _HOME.parent for p in sys.path)
+    return [p or root for p in sys.path if p or not known]
 
 
 def rows(
@@ -47,7 +65,7 @@ def rows(
         raise OSError("this Python does not know its own executable (sys.executable is empty)")
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", __name__, module, *arguments],
+            [sys.executable, "-c", _BOOT, repr(_search_path()), str(_HOME), module, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             env={**os.environ, **(env or {})}, start_new_session=True,
         )  # fmt: skip
@@ -65,7 +83,7 @@ def rows(
                 _kill(child)
             assert child.stdin is not None
             child.stdin.close()
-        if late:
+        if late or child.returncode is None:
             return f"nothing came for {limit_s:g} s; stopped"
         if child.returncode == 0:
             return None
@@ -105,7 +123,8 @@ def _hand_over(
 def _kill(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+        child.wait(30)
 
 
 def _end_with_parent() -> None:
@@ -115,7 +134,10 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def run_as_child(home: str, module: str) -> None:
+    """What the child does: the module with the arguments behind it, while its parent lives."""
+    if str(_HOME) != home:
+        raise SystemExit(f"the process found another fastsae, {_HOME}, not {home}")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = sys.argv[3:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -54,7 +54,9 @@ def cache_dir() -> Path:
     chosen = os.environ.get("FASTSAE_CACHE")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):  # no home
+        return Path(tempfile.gettempdir()) / f"fastsae-{getattr(os, 'getuid', int)()}"
     return Path(base) / "fastsae"
 
 
@@ -102,7 +104,12 @@ def _driver() -> str:
 @cache
 def key(device: torch.device) -> dict[str, str]:
     """What a record belongs to."""
-    found = {"fastsae": __version__, "kernels": _kernels(device.type), "torch": torch.__version__}
+    found = {
+        "fastsae": __version__,
+        "kernels": _kernels(device.type),
+        "checks": _digest(sorted((Path(__file__).parent / "verify").glob("*.py"))),
+        "torch": torch.__version__,
+    }
     if device.type == "cpu":
         return {**found, "device": _processor()}
     try:
@@ -176,7 +183,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

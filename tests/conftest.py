@@ -24,7 +24,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # The tests' records of checked kernels are not the user's.
-os.environ["FASTSAE_CACHE"] = str(Path(__file__).parent.parent / "build" / "cache")
+os.environ.setdefault("FASTSAE_CACHE", str(Path(__file__).parent.parent / "build" / "cache"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 import cuda_host  # noqa: E402
@@ -171,3 +171,12 @@ def assert_close(
     bound = 2 * max_error(plain, truth) + ATOL[dtype] * scale
     error = max_error(got, truth)
     assert not math.isnan(error) and error <= bound, f"error {error:.3g} over {bound:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def _level_in_force() -> Iterator[None]:
+    """A level that was asked for stays in force: else a run at a lower one would not be one."""
+    yield
+    wanted = os.environ.get("FASTSAE_CPU_LEVEL")
+    if wanted and fastsae._library.CPU_MISSING is None:
+        assert torch.ops.fastsae._cpu_level() == wanted

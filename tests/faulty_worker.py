@@ -19,6 +19,8 @@ def faulty(check, device, **how):
         time.sleep(600)
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if fault == "wrong":
         raise checks.WrongError("one bit")
     if fault == "raise":

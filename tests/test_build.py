@@ -185,9 +185,15 @@ def test_metadata_needs_no_compiler(project):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_packaged_compiler_links(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["plain", "with a space, and a comma"])
+def test_the_packaged_compiler_links(tmp_path, monkeypatch, folder):
     """Its libraries are in lib, where it does not look: the real nvcc, laid out like it."""
-    spec = importlib.util.spec_from_file_location("fastsae_setup", ROOT / "setup.py")
+    checkout = tmp_path / folder
+    checkout.mkdir()
+    shutil.copy(ROOT / "setup.py", checkout)
+    (checkout / "fastsae").mkdir()
+    shutil.copy(ROOT / "fastsae/_version.py", checkout / "fastsae")
+    spec = importlib.util.spec_from_file_location("fastsae_setup", checkout / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("FASTSAE_CUDA_ARCHS", "80")

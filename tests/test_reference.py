@@ -70,12 +70,13 @@ def test_a_token_does_not_depend_on_the_others(n, d, f):
     def results(rows):
         taken = x[rows].contiguous()
         values, indices = reference.topk_encode(taken, W, b, 16, True, None)
+        products = reference.sparse_grad_values(taken, indices, W)
         steered = torch.empty_like(taken)[None]
         reference.steer(
             taken[None], W[None, :1], W[None, :1], param, code, slots, None, None, 0, 1e-5, steered
         )
         return (
-            values, indices, reference.sparse_decode(values, indices, W, x[0]),
+            values, indices, products, reference.sparse_decode(values, indices, W, x[0]),
             reference.topk_member(taken, W, b, latents[rows], 16, None, False, None, None),
             *reference.topk(taken @ W[:64].T if len(rows) == n else (x @ W[:64].T)[rows], 5),
             steered[0],

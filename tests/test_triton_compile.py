@@ -11,6 +11,7 @@ from pathlib import Path
 
 import artefacts
 import pytest
+import triton_branches
 import triton_launches
 import triton_offline
 
@@ -112,7 +113,11 @@ def compiled(module: str, *options: str) -> list:
     assert spec is not None, "Triton is not installed"
     version = Path(spec.origin)  # this file names it
     name = artefacts.digest(
-        script, *triton_offline.sources(module), triton_launches.LIST, version, *options
+        *(Path(m.__file__) for m in (triton_offline, triton_launches, triton_branches)),
+        *triton_offline.sources(module),
+        triton_launches.LIST,
+        version,
+        *options,
     )
 
     def compile_to(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,11 +38,12 @@ def records(monkeypatch, tmp_path):
     monkeypatch.setattr(_dispatch, "_warned", set())
     _verified.record.cache_clear()
     _dispatch.forget()
+    level = torch.ops.fastsae._cpu_level() if BUILT else None
     yield tmp_path
     _verified.record.cache_clear()
     _dispatch.forget()
-    if BUILT:
-        torch.ops.fastsae._set_cpu_level("auto")
+    if level is not None:
+        torch.ops.fastsae._set_cpu_level(level)
 
 
 # ---- the answers ------------------------------------------------------------------------------
@@ -231,6 +233,20 @@ def _processes(argument):
     return found
 
 
+def test_the_child_finds_what_its_parent_finds(workers, tmp_path, monkeypatch):
+    """Not a folder called fastsae where it runs, nor a module with the name of one of Python's."""
+    (tmp_path / "fastsae").mkdir()
+    for name in ("fastsae/__init__.py", "queue.py", "json.py", "runpy.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert workers([ONE], {})[ONE].state == PASSED
+
+
+def test_a_signal_from_outside_is_no_verdict(workers):
+    found = workers([ONE], {":".join(ONE): "killed"})
+    assert found[ONE].state == UNKNOWN and "SIGKILL" in found[ONE].reason
+
+
 def test_a_check_that_hangs_is_stopped(workers):
     wanted = [ONE, ONE._replace(op="steer")]
     found = workers(wanted, {":".join(ONE): "hang"}, limit_s=25)
@@ -281,6 +297,8 @@ def test_a_level_that_fails_is_not_used(records):
     torch.ops.fastsae._set_cpu_level(best)
     failing = Check("sparse_decode", "cpu", best, "float32")
     _verified.record(CPU).write({failing: Result(FAILED, reason="wrong: one bit")})
+    told = fastsae.explain("sparse_decode")
+    assert f"C++ level: {below}" in told and "sparse_decode on cpu, torch.float32: cpu" in told
     with pytest.warns(
         fastsae.KernelCheckWarning, match=f"sparse_decode cpu/{best}.*wrong: one bit"
     ):
@@ -294,27 +312,105 @@ def test_a_level_that_fails_is_not_used(records):
 
 @built
 def test_where_every_level_fails_the_reference_is_taken(records):
+    before = torch.ops.fastsae._cpu_level()
     level = {Check("sparse_decode", "cpu", name, "float32"): Result(FAILED) for name in LEVELS}
     _verified.record(CPU).write(level)
     with pytest.warns(fastsae.KernelCheckWarning):
         assert decode().item() == 6
     assert _dispatch.backend_of("sparse_decode", torch.zeros(1)) == "reference"
     assert "cpu: failed its known-answer check" in fastsae.explain("sparse_decode")
+    assert torch.ops.fastsae._cpu_level() == before  # the other ops keep it
     with fastsae.use_backend("cpu"):  # forced: not asked
         assert _dispatch.backend_of("sparse_decode", torch.zeros(1)) == "cpu"
 
 
 @built
-def test_a_check_that_ended_its_process_is_not_repeated(records, monkeypatch):
+def test_a_check_that_ended_its_process_twice_is_not_repeated(records):
+    """Once may have been a signal from outside."""
     check = Check("sparse_decode", "cpu", torch.ops.fastsae._cpu_level(), "float32")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    _verified.record(CPU).write({check: Result(RUNNING, reason=str(gone.pid))})
-    result = first_use.check([check], CPU)[check]
-    assert result.state == FAILED and "process ended" in result.reason
-    alive = check._replace(op="steer")
-    _verified.record(CPU).write({alive: Result(RUNNING, reason=str(os.getpid()))})
-    assert first_use.check([alive], CPU)[alive].state == PASSED
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = first_use._Note.of_this_process()
+    left = own._replace(pid=gone.pid, start=first_use._start(gone.pid))
+    assert left.is_alive()
+    gone.communicate(b"\n")
+    assert not left.is_alive()
+    for note, ended in (
+        (left, PASSED), (left._replace(ended=1), FAILED), (own, PASSED),
+        (left._replace(boot="another machine's", ended=1), PASSED),  # not ours to judge
+        (own._replace(start="1"), PASSED), (own._replace(start="1", ended=1), FAILED),  # pid reused
+        ("4711", PASSED),
+    ):  # fmt: skip
+        _verified.record(CPU).write({check: Result(RUNNING, reason=str(note))})
+        result = first_use.check([check], CPU)[check]
+        assert result.state == ended and (ended == PASSED or "twice" in result.reason), note
+
+
+@built
+def test_ctrl_c_waits_for_the_check(records, monkeypatch):
+    verdict = worker.verdict
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return verdict(*args, **options)
+
+    monkeypatch.setattr(worker, "verdict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decode()
+    check = Check("sparse_decode", "cpu", torch.ops.fastsae._cpu_level(), "float32")
+    assert Record(CPU)[check].state == PASSED
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(worker, "verdict", verdict)
+    assert decode().item() == 6
+
+
+@built
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        TypeError("patched"),
+    ],
+    ids=["memory", "other"],
+)
+def test_an_error_of_this_process_is_no_verdict_on_a_level(records, monkeypatch, error):
+    def raises(*args, **options):
+        raise error
+
+    monkeypatch.setattr(checks, "run", raises)
+    with pytest.warns(fastsae.KernelCheckWarning, match="has not been checked"):
+        assert decode().item() == 6
+    assert not [r for r in Record(CPU).results.values() if r.state == FAILED]
+
+
+@built
+def test_a_check_sees_no_default_device(records):
+    torch.set_default_device("meta")
+    try:
+        values = torch.tensor([[2.0]], device="cpu")
+        indices = torch.tensor([[1]], dtype=torch.int32, device="cpu")
+        weight = torch.tensor([[1.0], [3.0]], device="cpu")
+        assert ops.sparse_decode(values, indices, weight).item() == 6
+        latents = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
+        assert ops.topk_member(torch.ones(1, 1, device="cpu"), weight, None, latents, 2).item()
+    finally:
+        torch.set_default_device(None)
+    states = {r.state for r in Record(CPU).results.values()}
+    assert states == {PASSED}
+
+
+@built
+def test_the_first_use_loads_no_compiler(records):
+    """torch._dynamo takes a second to import."""
+    code = (
+        "import sys, torch, fastsae\nbefore = set(sys.modules)\n"
+        "fastsae.ops.topk(torch.ones(2, 3), 1)\n"
+        "print([m for m in sys.modules if m not in before and 'dynamo' in m])"
+    )
+    env = {**os.environ, "FASTSAE_CACHE": str(records), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    assert done.stdout.strip() == "[]" and list((records / "verified").glob("*.json"))
 
 
 @built
@@ -374,6 +470,30 @@ def test_a_design_that_failed_is_not_used(as_on_a_gpu, monkeypatch):
         assert torch.equal(encode()[0], values)
 
 
+def test_an_op_on_another_uses_its_proved_designs_only(as_on_a_gpu, monkeypatch):
+    """topk_member is topk_encode and a comparison."""
+    member = Check("topk_member", "triton", "default", "float32")
+    x, W = torch.eye(4, 16), torch.arange(32 * 16).view(32, 16).remainder(7).float()
+    latents = torch.zeros(4, 1, dtype=torch.int32)
+    given = []
+    module = _dispatch._triton_module("topk_member")
+    launch = module.topk_member
+    monkeypatch.setattr(module, "topk_member", lambda *a, trusted=None: (
+        given.append(trusted), launch(*a, trusted=trusted))[1])  # fmt: skip
+    as_on_a_gpu.write({member: Result(PASSED), **_encode_checks(bounded=FAILED, chunked=PASSED)})
+    ops.topk_member(x, W, None, latents, 8)
+    assert given == [frozenset({"chunked"})]
+    _dispatch.forget()
+    as_on_a_gpu.write(_encode_checks(bounded=FAILED, chunked=FAILED))
+    assert _dispatch.backend_of("topk_member", x) == "reference"
+    _dispatch.forget()
+    as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=FAILED))
+    ops.topk_member(x, W, None, latents, 8)  # too narrow for the bounds: the reference
+    assert len(given) == 1
+    told = fastsae.explain("topk_encode", x, W, None, 2)
+    assert "design: None" in told
+
+
 def test_a_call_that_only_a_failed_design_takes_goes_to_the_next_backend(as_on_a_gpu, monkeypatch):
     as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=FAILED))
     module = _dispatch._triton_module("topk_encode")
@@ -401,7 +521,18 @@ def test_what_cannot_be_checked_now_takes_the_reference_or_says_so(
     monkeypatch.setattr(first_use, "_free", lambda device: 10)
     with pytest.raises(RuntimeError, match=r"the reference in its place needs.*fastsae verify"):
         encode()
-    monkeypatch.setenv("FAULTS", "{}")  # nothing was kept of the failure to check
+    monkeypatch.setenv("FAULTS", "{}")  # nothing was kept of the failure to check but when it was
+    started = []
+    rows = run._isolated.rows
+    monkeypatch.setattr(
+        run._isolated, "rows", lambda *a, **k: (started.append(1), rows(*a, **k))[1]
+    )
+    monkeypatch.setattr(first_use, "_free", lambda device: 1 << 40)
+    for _ in range(3):
+        encode()
+    assert not started  # a process for each call would be a second for each
+    monkeypatch.setattr(_dispatch, "_PUT_OFF_S", 0.0)
+    _dispatch._put_off.clear()
     encode()
     assert _dispatch.backend_of("topk_encode", torch.zeros(1)) == "triton"
 

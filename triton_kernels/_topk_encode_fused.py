@@ -288,12 +288,14 @@ def fused_keys(
 
 
 def configurations() -> list[Configuration]:
-    """bf16 with bias and scale, fp16 without; TMA exists on sm_90 and later only."""
+    """bf16 with and without bias and scale, fp16 without; TMA exists on sm_90 and later only."""
     result = []
+    optional = ("bias_ptr", "scale_ptr")
     for target, dtype, extras in (
-        ("sm_90", torch.bfloat16, True), ("sm_90", torch.bfloat16, False),
-        ("sm_90", torch.float16, False), ("sm_100", torch.bfloat16, True),
-        ("sm_100", torch.bfloat16, False), ("sm_100", torch.float16, False),
+        ("sm_90", torch.bfloat16, optional), ("sm_90", torch.bfloat16, optional[:1]),
+        ("sm_90", torch.bfloat16, optional[1:]), ("sm_90", torch.bfloat16, ()),
+        ("sm_90", torch.float16, ()), ("sm_100", torch.bfloat16, optional),
+        ("sm_100", torch.bfloat16, ()), ("sm_100", torch.float16, ()),
     ):  # fmt: skip
         config = fused_config((int(target[3:-1]), 0))
         assert config is not None
@@ -310,10 +312,10 @@ def configurations() -> list[Configuration]:
             BLOCK_N=config.block_n, BLOCK_F=config.block_f, BLOCK_D=config.block_d,
             WIDTH=config.width, RECORDS=config.records,
         )  # fmt: skip
-        optional = ("bias_ptr", "scale_ptr")
-        signature |= dict.fromkeys(optional, pointer) if extras else {}
-        constants |= {} if extras else dict.fromkeys(optional)
-        label = pointer[1:] + (" bias, scale" if extras else "")
+        signature |= dict.fromkeys(extras, pointer)
+        constants |= dict.fromkeys(name for name in optional if name not in extras)
+        names = ", ".join(name.removesuffix("_ptr") for name in extras)
+        label = " ".join([pointer[1:], names]).rstrip()
         result.append(
             Configuration(
                 _record_kernel, label, signature, constants, config.num_warps, config.num_stages,

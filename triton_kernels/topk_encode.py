@@ -102,10 +102,10 @@ def select_fused(
     the chunks, by launches that find nothing to do where there are none."""
     if x.is_cuda:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-        config = config or fused_config(torch.cuda.get_device_capability(x.device))
+        capability = torch.cuda.get_device_capability(x.device)
     else:
-        programs = 3  # interpreted
-    config = config or FusedConfig()
+        programs, capability = 3, (9, 0)  # interpreted: what this Triton compiles for sm_90
+    config = config or fused_config(capability) or FusedConfig()
     best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config, programs, hopper)
     columns = chunks.columns(len(x), len(W_enc))
     slab = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
@@ -179,7 +179,7 @@ class Preference:
     design: str
     d: int = 1  # D at least
     f_of_k: int = 1  # F at least so many times k
-    named: bool = False  # only where `trusted` names it
+    named: bool = False  # only where `trusted` names it, which dispatch does for none yet
 
 
 # Exact designs, the best first: the first that can run, is trusted and has the shape takes a call.

@@ -2,7 +2,7 @@
 
 A latent has one score, whichever of the two ops asks for it and however many tokens the call has:
 who beats it is decided by topk_encode alone. It reads W_enc once for all tokens, where counting
-those that beat a latent reads it once a token (benchmarks/NOTES.md counts both).
+those that beat a latent reads it once a token.
 """
 
 from __future__ import annotations

@@ -90,17 +90,15 @@ def compare_steering(
         with progress_bars() as progress:
             subject = load_subject(model, device=device, layer=layer, hook=hook)
             text = _Text(seed, subject, progress)
+            own_prompts = _lines(subject.tokenizer, prompts) if prompts else None
+            own_neutral = _lines(subject.tokenizer, neutral) if neutral else None
             words = _concept(concept, subject, trained, feature, text)
             vector, examples = _vector(subject, positive, negative, words, text)
             if prefix is not None:
                 examples = [_ids(subject.tokenizer, prefix)] * PREFIXES
             trial = Trial(
-                _lines(subject.tokenizer, prompts)
-                if prompts
-                else text.held_out.tokens[:PROMPTS, :PROMPT_TOKENS].tolist(),
-                _lines(subject.tokenizer, neutral)
-                if neutral
-                else text.held_out.tokens[PROMPTS:][:NEUTRAL, :NEUTRAL_TOKENS].tolist(),
+                own_prompts or text.held_out.tokens[:PROMPTS, :PROMPT_TOKENS].tolist(),
+                own_neutral or text.held_out.tokens[PROMPTS:][:NEUTRAL, :NEUTRAL_TOKENS].tolist(),
                 words,
                 frozenset(subject.tokenizer.all_special_ids),
                 Sampling(new_tokens=tokens, seed=seed),

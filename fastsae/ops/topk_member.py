@@ -1,4 +1,4 @@
-"""topk_member: is a latent among the k that topk_encode selects? Without selecting."""
+"""topk_member: is a latent among the k that topk_encode selects?"""
 
 from __future__ import annotations
 

@@ -21,5 +21,8 @@ def sparse_grad_values(
     size = max(1, _ELEMENTS // max(1, k * W_dec.shape[1]))
     with full_precision():
         for at in (slice(begin, begin + size) for begin in range(0, n, size)):
-            out[at] = W_dec[index[at]].to(acc) @ grad[at]
+            rows, given = W_dec[index[at]].to(acc), grad[at]
+            if len(rows) == 1:  # a product of one is another kernel, which sums in another order
+                rows, given = rows.expand(2, -1, -1), given.expand(2, -1, -1)
+            out[at] = (rows @ given)[: out[at].shape[0]]
     return out[:, :, 0].to(W_dec.dtype)

@@ -108,15 +108,24 @@ class Trainer:
         self.tokens = 0
         self._dead = DeadBound(sae.config.dead_after)
 
-    def step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One optimizer step on a batch [..., D]; returns loss, fvu and l0 as scalar tensors."""
-        config = self.config
+    def set_rate(self) -> None:
+        """The learning rate of step `step_count`, for the optimizer; in place where it is a tensor,
+        which a captured step reads."""
+        rate = self.config.lr_at(self.step_count)
         for group in self.optimizer.param_groups:
-            rate = config.lr_at(self.step_count)
-            if isinstance(group["lr"], torch.Tensor):  # which a captured step reads
+            if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One optimizer step on a batch [..., D]; returns loss, fvu and l0 as scalar tensors.
+
+        A CUDA graph can hold it, of a capturable optimizer. What the host counts does not move in a
+        replay: after each, add to `step_count` and `tokens`, and call `set_rate` before the next.
+        """
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self.set_rate()  # captured, it would stay that of this step
         n = x.shape[:-1].numel()
         loss = self.sae.loss(x, most_dead=self._most_dead(x, n))
         loss.total.backward()

@@ -35,6 +35,11 @@ class GuardBands(TorchDispatchMode):
         super().__init__()
         self.blocks: list[torch.Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and to say so to torch._dynamo means a second to load it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name

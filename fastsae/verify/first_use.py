@@ -8,9 +8,12 @@ begins, so that a level that ends the process is not tried again by the next.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,13 +22,16 @@ from .. import _verified
 from .._verified import FAILED, PASSED, RUNNING, UNKNOWN, Check, Result
 from . import run, worker
 
+# references that read sizes or scalars from the device
+_WAITS = ("sparse_grad_weight", "sparse_grad_weight_rows", "sparse_adam_step")
+
 
 def check(unknown: list[Check], device: torch.device) -> dict[Check, Result]:
     """Results for checks that the record has none of; recorded where they are certain."""
     record = _verified.record(device)
     if unknown[0].backend == "cpu":
         return {c: _in_process(c, device) for c in unknown}
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(device):
         return {c: Result(UNKNOWN, reason="a CUDA graph is being captured") for c in unknown}
     with _verified.lock(device):
         record.refresh()  # another process of this job may have been first
@@ -39,35 +45,107 @@ def check(unknown: list[Check], device: torch.device) -> dict[Check, Result]:
 
 def _in_process(one: Check, device: torch.device) -> Result:
     record = _verified.record(device)
+    note = _Note.of_this_process()
     before = record[one]
-    if before.state == RUNNING and not _is_alive(before.reason):
-        result = Result(FAILED, 0.0, "the process ended while this check ran")
-    else:
-        record.write({one: Result(RUNNING, reason=str(os.getpid()))})
-        with _undisturbed():
-            state, seconds, reason = worker.verdict(one, device, scale="small")
-        result = Result(state, seconds, reason)
-    record.write({one: result})
+    if before.state == RUNNING:
+        left = _Note.read(before.reason)
+        if left.boot == note.boot and not left.is_alive():
+            # once may have been a signal from outside, which nothing here can tell apart
+            note = note._replace(ended=left.ended + 1)
+    if note.ended > 1:
+        result = Result(FAILED, 0.0, "the process ended while this check ran, twice")
+        record.write({one: result})
+        return result
+    record.write({one: Result(RUNNING, reason=str(note))})
+    result = Result(UNKNOWN, reason="interrupted")
+    try:
+        with _uninterrupted(), _undisturbed():
+            result = Result(*worker.verdict(one, device, scale="small"))
+        if result.state == FAILED and not result.reason.startswith(worker.WRONG):
+            # raised for a reason of this process: no memory, a mode, a patch
+            result.state = UNKNOWN
+    finally:
+        record.write({one: result})
     return result
 
 
-def _is_alive(pid: str) -> bool:
+class _Note(NamedTuple):
+    """Whose check is under way, in the record: a process that is gone has not finished it."""
+
+    boot: str
+    pid: int
+    start: str  # of the process, in ticks since boot
+    ended: int = 0  # processes that have ended in this check before
+
+    @classmethod
+    def of_this_process(cls) -> _Note:
+        return cls(_first_line("/proc/sys/kernel/random/boot_id"), os.getpid(), _start(os.getpid()))
+
+    @classmethod
+    def read(cls, text: str) -> _Note:
+        try:
+            boot, pid, start, ended = text.split("/")
+            return cls(boot, int(pid), start, int(ended))
+        except ValueError:
+            return cls("?", 0, "")
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+    def is_alive(self) -> bool:
+        if self.start:
+            return _start(self.pid) == self.start
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+def _first_line(path: str) -> str:
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        return Path(path).read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _start(pid: int) -> str:
+    """When a process began; "" where that cannot be known, or it is gone."""
+    fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the check: a dispatch mode would make another error of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without the caller's modes, and on one thread: idle neighbours would only be waited for."""
+    """Without the caller's modes and default device, and on one thread: idle neighbours would only
+    be waited for."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        with (
+            torch._C.DisableTorchFunction(),
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch.set_num_threads(threads)
@@ -79,15 +157,24 @@ def reference(unproved: Check, run: Callable[..., Any], *args: Any) -> Any:
     Raises:
         RuntimeError: it would not fit; names the command that checks the kernels.
     """
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    need, free = _bytes(unproved.op, args), _free(tensors[0].device)
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    need, free = _bytes(unproved.op, args), _free(device)
+    why = None
     if need > free:
+        why = f"needs {need / 2**30:.1f} GB, {free / 2**30:.1f} are free"
+    elif unproved.op in _WAITS and _is_captured(device):
+        why = "waits for the device, which a CUDA graph that is being captured cannot"
+    if why is not None:
         raise RuntimeError(
-            f"{unproved.op}: the kernel {unproved} has not been checked on {tensors[0].device} and "
-            f"cannot be checked now; the reference in its place needs {need / 2**30:.1f} GB, "
-            f"{free / 2**30:.1f} are free. Run `fastsae verify` once on this machine."
+            f"{unproved.op}: the kernel {unproved} has not been checked on {device} and cannot be "
+            f"checked now; the reference in its place {why}. Run `fastsae verify` once on this "
+            "machine."
         )
     return run(*args)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _bytes(op: str, args: tuple[Any, ...]) -> int:

@@ -14,6 +14,9 @@ WORKER = "fastsae.verify.worker"
 LIMIT_S = 240.0  # one check: all its kernels compiled for the first time, then milliseconds
 INTERPRETED_LIMIT_S = 900.0
 
+# The out-of-memory killer, a scheduler, Ctrl-C: no kernel sends these.
+_FROM_OUTSIDE = tuple(f"killed by {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"))
+
 OnResult = Callable[[Check, Result], None]
 
 
@@ -75,7 +78,9 @@ def isolated(
         except OSError as error:
             why = str(error)
         for check in running:
-            results[check] = Result(FAILED, 0.0, why or "the process ended without a result")
+            why = why or "the process ended without a result"
+            state = UNKNOWN if why.startswith(_FROM_OUTSIDE) else FAILED
+            results[check] = Result(state, 0.0, why)
             on_result(check, results[check])
         rest = [check for check in left if check not in results]
         if not ready or len(rest) == len(left):

@@ -18,6 +18,10 @@ import torch
 from .._verified import FAILED, PASSED, RUNNING, UNKNOWN, Check
 from . import checks
 
+WRONG = "wrong: "  # how the reason of a wrong result begins
+# What kernels do not cause: memory that others hold, compilers that are missing.
+_SURROUNDINGS = ("out of memory", "allocate memory", "c compiler", "cannot find -l")
+
 
 def verdict(check: Check, device: torch.device, **how: Any) -> tuple[str, float, str]:
     """State, seconds and reason of one check, in this process."""
@@ -28,11 +32,12 @@ def verdict(check: Check, device: torch.device, **how: Any) -> tuple[str, float,
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except checks.WrongError as error:
-        state, reason = FAILED, f"wrong: {error}"
-    except torch.OutOfMemoryError as error:
-        state, reason = UNKNOWN, f"out of memory: {_first_line(error)}"
+        state, reason = FAILED, f"{WRONG}{error}"
+    except (torch.OutOfMemoryError, MemoryError, OSError, ImportError) as error:
+        state, reason = UNKNOWN, f"{type(error).__name__}: {_first_line(error)}"
     except Exception as error:
-        state, reason = FAILED, f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        state = UNKNOWN if any(what in reason.lower() for what in _SURROUNDINGS) else FAILED
     else:
         state, reason = PASSED, ""
     return state, round(time.perf_counter() - begin, 3), reason
