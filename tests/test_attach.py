@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import namedtuple
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from small_models import FAMILIES, SLIDING, D, V, tiny
 
 import fastsae
 from fastsae import _library
-from fastsae.lm.sites import edited, find_site
+from fastsae.lm.sites import edited, find_site, output_of
 from fastsae.steer import (
     Description,
     MaxActivations,
@@ -483,7 +485,7 @@ def test_backward_after_the_block_is_the_backward_inside(gpt2):
     with steerer.steer([program, None]):
         (inside,) = torch.autograd.grad(gpt2(ids).logits.square().sum(), weight)
         loss = gpt2(ids).logits.square().sum()
-    with steerer.steer([[ablate(1)], None]):  # other tables
+    with steerer.steer([[ablate(1)], None], unedited="ignore"):  # other tables
         (after,) = torch.autograd.grad(loss, weight)
     assert torch.equal(after, inside)
     steerer.detach()
@@ -504,9 +506,141 @@ def test_one_call_and_two_operators_write_the_same_text(gpt2, monkeypatch):
     assert torch.equal(text, other_text) and torch.equal(logits, other_logits)
 
 
+@torch.no_grad()
+def test_a_block_in_which_nothing_was_edited_says_so(gpt2):
+    """A model compiled before attach, another copy, a replayed graph: no edit, and no silence."""
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    for how, expected in (
+        ("error", pytest.raises(RuntimeError, match="nothing passed through transformer.h.1")),
+        ("warn", pytest.warns(UserWarning, match="nothing passed through")),
+        ("ignore", nullcontext()),
+    ):
+        with expected, steerer.steer([[clamp(3, 6.0)]], unedited=how):
+            pass
+    with steerer.steer([None, []]):  # nothing was asked for
+        pass
+    with pytest.raises(KeyError), steerer.steer([[clamp(3, 6.0)]]):
+        raise KeyError("the block's own error comes through")
+    with pytest.raises(ValueError, match="unedited must be"), steerer.steer([None], unedited="no"):
+        pass
+    with steerer.steer([[clamp(3, 6.0)], None]):
+        gpt2(ids), gpt2(ids)
+    assert (steerer.receipt.calls, steerer.receipt.tokens) == (2, 2 * ids.numel())
+    with steerer.steer([[clamp(3, 6.0)], None]):
+        gpt2(ids)
+    assert steerer.receipt.calls == 1 and steerer.receipt.site == "transformer.h.1"
+    steerer.detach()
+
+
+@torch.no_grad()
+def test_what_is_to_be_left_out_must_be_there(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    program = [[clamp(3, 6.0)]] * 2
+    without = ids.clamp(min=2)
+    steerer.detach()
+    for bos in (0, [99, 0]):  # a list, as some configurations have
+        gpt2.config.__dict__["bos_token_id"] = bos
+        steerer = attach(gpt2, topk_sae(), layer=LAYER)
+        where = positions.prompt_and_generated(exclude="bos")
+        with steerer.steer(program, where):
+            gpt2(ids)
+        with (
+            pytest.raises(ValueError, match="no token of this call is the model's BOS"),
+            steerer.steer(program, where),
+        ):
+            gpt2(without)
+        steerer.detach()
+    gpt2.config.pad_token_id, padded = 1, ids.clone()
+    padded[0, :2] = 1
+    steerer = attach(gpt2, topk_sae(), layer=LAYER)
+    where = positions.prompt_and_generated(exclude="pad")
+    with steerer.steer(program, where):
+        gpt2(ids.clamp(min=2))  # no padding, no mask
+        gpt2(padded, attention_mask=(padded != 1).long())
+    with (
+        pytest.raises(ValueError, match="exclude='pad', and the call has tokens 1.*no attention"),
+        steerer.steer(program, where),
+    ):
+        gpt2(padded)
+    steerer.detach()
+    again = ids.clone()
+    again[:, 3] = 0  # a second document in the sequence
+    seen = positions.token_mask(
+        positions.prompt_and_generated(exclude="bos"), {"input_ids": again}, 6, (0,), None
+    )
+    assert torch.equal(seen, again != 0)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "mapping", "output", "named"])
+def test_outputs_of_every_kind_are_edited(kind):
+    from transformers.modeling_outputs import BaseModelOutput
+
+    Named = namedtuple("Named", "states rest")
+
+    class Site(torch.nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            kinds = {
+                "tuple": (x, 1), "list": [x, 1], "mapping": {"states": x, "rest": 1},
+                "output": BaseModelOutput(last_hidden_state=x), "named": Named(x, 1),
+            }  # fmt: skip
+            return kinds[kind]
+
+    model = torch.nn.Sequential(Site(D, D))
+    steerer, x = attach(model, topk_sae(), hook="0"), randn(2, 3, D)
+    plain = model(x)
+    with torch.no_grad(), steerer.steer([[add_vector(torch.ones(D), 2.0)]] * 2):
+        got = model(x)
+    assert type(got) is type(plain)
+    states, before = output_of(got), output_of(plain)
+    torch.testing.assert_close(states, before + 2.0)
+    if kind == "output":
+        assert got.last_hidden_state is states
+    steerer.detach()
+
+
+def test_a_module_without_hidden_states_is_refused_by_name(gpt2):
+    class Site(torch.nn.Linear):
+        def forward(self, x):
+            return {"loss": 3.0}
+
+    model = torch.nn.Sequential(Site(D, D))
+    steerer = attach(model, topk_sae(), hook="0")
+    with (
+        pytest.raises(TypeError, match="steer: 0 cannot be steered: .* begins with float"),
+        steerer.steer([[clamp(3, 6.0)]]),
+    ):
+        model(randn(1, 3, D))
+
+
+@torch.no_grad()
+def test_the_steerer_follows_its_coder(gpt2):
+    """`.to` puts other tensors in place of those that were described."""
+    sae, ids = topk_sae(), prompt(2)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    sae.double()
+    sae.W_dec.mul_(-3)
+    with steerer.steer([[add(3, 2.0)], None]):
+        got = gpt2(ids).logits
+    steerer.detach()
+    fresh = attach(gpt2, sae, layer=LAYER)
+    with fresh.steer([[add(3, 2.0)], None]):
+        want = gpt2(ids).logits
+    fresh.detach()
+    assert torch.equal(got, want) and not torch.equal(got, gpt2(ids).logits)
+
+
+def test_tables_are_of_the_sites_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(D, D).bfloat16(), torch.nn.Linear(D, D))
+    steerer = attach(model, topk_sae(), hook="1")
+    with torch.no_grad(), steerer.steer([[clamp(3, 6.0)]]):
+        model[1](randn(1, 3, D))
+    steerer.detach()
+
+
 def test_equal_programs_share_a_slot(gpt2):
     steerer = attach(gpt2, topk_sae(), layer=LAYER, max_slots=1)
-    with steerer.steer([[clamp(3, 6.0)] for _ in range(5)]):
+    with steerer.steer([[clamp(3, 6.0)] for _ in range(5)], unedited="ignore"):
         pass
     with (
         pytest.raises(ValueError, match="max_slots"),

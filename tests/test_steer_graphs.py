@@ -163,7 +163,7 @@ def check_capture(kind: str, length: int) -> None:
     model, x = Site(), randn(3, length, D, seed=5)
     steerer = attach(model, described(kind), hook="site")
     ids, seen = torch.ones(3, length, dtype=torch.long), torch.ones(3, length)
-    steerer._bos = 0
+    steerer._bos = (0,)
     choices = (
         None,
         positions.generated_only(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -74,8 +75,36 @@ def find_site(
 
 
 def output_of(output: Any) -> torch.Tensor:
-    """The hidden states in a module's output, which may be a tuple that starts with them."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in a module's output: the output, or the first of its parts.
+
+    Raises:
+        TypeError: there is no tensor there.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = next(iter(output.values()), None)
+    elif isinstance(output, tuple | list):
+        found = output[0] if output else None
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(
+            f"a module's output must be a tensor or begin with one, got {type(output).__name__}"
+            + ("" if found is output else f" that begins with {type(found).__name__}")
+        )
+    return found
+
+
+def replaced(output: Any, new: torch.Tensor) -> Any:
+    """The same output with other hidden states; nothing is written to."""
+    if isinstance(output, Mapping):
+        changed = copy(output)  # also an output of transformers, a mapping with attributes
+        changed[next(iter(output))] = new  # type: ignore[index]
+        return changed
+    if isinstance(output, tuple | list):
+        rest = [new, *output[1:]]
+        if hasattr(output, "_fields"):  # a named tuple
+            return type(output)(*rest)
+        return type(output)(rest)
+    return new
 
 
 @contextmanager
@@ -86,9 +115,7 @@ def edited(module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> I
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        x = output_of(output)
-        new = edit(x)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return replaced(output, edit(output_of(output)))
 
     handle = module.register_forward_hook(hook)
     try:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _steer_codes as codes
-from ..lm.sites import find_site, output_of
-from ..nn import Description
+from ..lm.sites import find_site, output_of, replaced
+from ..nn import Description, SparseCoder
 from ..ops.steer import Prepared, steer
 from ..ops.topk_member import Prepared as PreparedMember
 from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
 from .describe import describe
 from .operations import MAX_UNIT, Gate, Operation, Program
-from .positions import Positions, past_length, prompt_and_generated, token_mask
+from .positions import Positions, is_bos, past_length, prompt_and_generated, token_mask
 
 _BIAS, _THETA, _GAIN, _OFFSET, _VALUE, _TAU = range(6)
 # module -> which of its sides are attached: its inputs (True), its output (False)
@@ -58,8 +60,35 @@ def attach(
     name, module = find_site(model, layer, hook)
     if inputs in _taken.get(module, ()):
         raise ValueError(f"attach: {name} is attached already; detach() that steerer first")
-    return Steerer(model, None if sae is None else describe(sae), name, module, inputs,
-                   max_slots, max_ops, max_batch)  # fmt: skip
+    steerer = Steerer(model, None if sae is None else describe(sae), name, module, inputs,
+                      max_slots, max_ops, max_batch)  # fmt: skip
+    if isinstance(sae, SparseCoder):
+        steerer.follow(sae)
+    return steerer
+
+
+@dataclass
+class Receipt:
+    """What passed through a site since programs were put in force.
+
+    Attributes:
+        site: the module's path.
+        calls: of the site.
+        tokens: that it put out in them (those that positions leave alone included); of a compiled
+            model 0, where only that there was a call is known.
+    """
+
+    site: str
+    calls: int = 0
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Counts a call."""
+        if torch.compiler.is_compiling():
+            self.calls = 1  # a graph that counted would be compiled anew for every number
+            return
+        self.calls += 1
+        self.tokens += x.shape[:-1].numel()
 
 
 class Steerer:
@@ -84,7 +113,9 @@ class Steerer:
         max_batch: int,
     ) -> None:
         self.site, self.sae = name, sae
-        like = next(model.parameters())
+        # the site's own: a model may lie on several devices, or be of several dtypes
+        floats = (p for m in (module, model) for p in m.parameters() if p.is_floating_point())
+        like = next(floats)
         config = getattr(model, "config", None)
         if sae is not None:
             width = sae.W_dec.shape[1]
@@ -98,7 +129,9 @@ class Steerer:
             if text is None:
                 raise ValueError("attach: without an SAE the model must have a config")
             width = text.hidden_size
-        self._bos = getattr(config, "bos_token_id", None)
+        bos = getattr(config, "bos_token_id", None)
+        self._bos = () if bos is None else tuple(bos) if isinstance(bos, list) else (int(bos),)
+        self._pad = getattr(config, "pad_token_id", None)
         rows: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         slots = max_slots + 1  # slot 0 does nothing
@@ -110,6 +143,8 @@ class Steerer:
         self._wanted = torch.full((max_batch, max_ops), -1, dtype=torch.int32, device=like.device)
         self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
         self._sequences = 0  # of the programs in force; 0: none
+        self.receipt = Receipt(name)
+        self._coder: SparseCoder | None = None
         self._used = (1, 1)  # slots and entries of theirs
         self._current, self._asked = self._slots[:0], self._wanted[:0]
         # may an entry ask for membership among the k, and does one now?
@@ -135,6 +170,20 @@ class Steerer:
         """A copy (of the model, with its hooks) is in no block: it steers nothing."""
         return {**self.__dict__, "_sequences": 0, "_mask": None}
 
+    def follow(self, coder: SparseCoder) -> None:
+        """Takes the coder's weights anew at every `set`, where `.to(...)` has put others in place
+        of those described."""
+        self._coder = coder
+
+    def _described_anew(self) -> None:
+        coder, sae = self._coder, self.sae
+        if coder is None or sae is None:
+            return
+        pairs = ((getattr(coder, n), getattr(sae, n)) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
+        if any(p.data_ptr() != d.data_ptr() or p.dtype != d.dtype for p, d in pairs):
+            self.sae = replace(coder.describe(), max_activation=sae.max_activation)
+            self._member = None
+
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
         for handle in self._handles:
@@ -152,6 +201,7 @@ class Steerer:
         positions: Positions | None = None,
         *,
         prompt_length: int | None = None,
+        unedited: str = "error",
     ) -> Iterator[Steerer]:
         """Inside the block, sequence b of every call is edited by `programs[b]`.
 
@@ -162,18 +212,32 @@ class Steerer:
             programs: one list of operations per sequence, or None to leave a sequence alone.
             positions: which tokens, `positions.prompt_and_generated()` by default.
             prompt_length: columns that belong to the prompt; by default those of the first call.
+            unedited: what happens when the block ends and no call has passed through the site:
+                "error", "warn" or "ignore". `receipt` says what has.
 
         Raises:
             ValueError: too many programs or entries, a latent out of range, unit="max" without
                 statistics, a vector of another width.
             TypeError: an operation where a list of them is due.
-            RuntimeError: already inside a block of this steerer, or it was detached.
+            RuntimeError: already inside a block of this steerer, it was detached, or nothing was
+                edited.
         """
+        if unedited not in ("error", "warn", "ignore"):
+            raise ValueError(f"steer: unedited must be error, warn or ignore, got {unedited!r}")
         self.set(programs, positions, prompt_length=prompt_length)
         try:
             yield self
         finally:
             self.clear()
+        if not self.receipt.calls and unedited != "ignore" and any(programs):
+            message = (
+                f"steer: nothing passed through {self.site} inside the block, so nothing was "
+                "edited. Was the model compiled before attach, another copy of it run, or a "
+                "captured graph replayed (then: unedited='ignore')?"
+            )
+            if unedited == "error":
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=3)
 
     def set(
         self,
@@ -195,10 +259,12 @@ class Steerer:
             )
         where = positions or prompt_and_generated()
         only = where.only
+        self._described_anew()
         self._write(programs)
         self._positions = where
         self._only = None if only is None else torch.tensor(only, device=self._slots.device)
         self._prompt_length = prompt_length
+        self.receipt = Receipt(self.site)
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
         self._asked = self._wanted[: self._sequences]  # [P, O], -1 where there is none
@@ -366,14 +432,35 @@ class Steerer:
             ids = kwargs.get("input_ids")
             tokens = ids if ids is not None else kwargs["inputs_embeds"]
             self._prompt_length = int(past_length(kwargs)) + tokens.shape[1]
+            self._refuse_unseen(where, kwargs)
         self._mask = token_mask(where, kwargs, self._prompt_length, self._bos, self._only)
+
+    def _refuse_unseen(self, where: Positions, kwargs: dict[str, Any]) -> None:
+        """What was asked to be left out must be there and be known. Looks once, at a prompt."""
+        ids = kwargs.get("input_ids")
+        if ids is None or torch.compiler.is_compiling() or _is_captured(ids.device):
+            return
+        if "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
+            raise ValueError(
+                f"steer: exclude='bos', but no token of this call is the model's BOS "
+                f"({', '.join(map(str, self._bos))}); put it in front, or leave the exclusion out"
+            )
+        # generate() gives the model no mask where there is no padding
+        unmasked = "pad" in where.exclude and kwargs.get("attention_mask") is None
+        if unmasked and self._pad is not None and bool((ids == self._pad).any()):
+            raise ValueError(
+                f"steer: exclude='pad', and the call has tokens {self._pad}, the model's padding, "
+                "but no attention_mask, which says where it is"
+            )
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if not self._sequences:
             return None
-        x = output_of(output)
-        new = self._edit(x)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        try:
+            x = output_of(output)
+        except TypeError as error:
+            raise TypeError(f"steer: {self.site} cannot be steered: {error}") from None
+        return replaced(output, self._edit(x))
 
     def _on_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._sequences:
@@ -383,6 +470,7 @@ class Steerer:
         return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
+        self.receipt.add(x)
         mask = self._mask
         if mask is None and not self._positions.everywhere:
             raise RuntimeError(
@@ -471,6 +559,10 @@ class Steerer:
                 sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
             )
         return self._member
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Entry:

@@ -88,11 +88,21 @@ def _real_4d(
     return real, torch.where(real, order, -1)
 
 
+def is_bos(ids: torch.Tensor | None, bos: tuple[int, ...]) -> torch.Tensor:
+    """[B, T] bool: the BOS, wherever it stands (several documents in one sequence have several)."""
+    if ids is None or not bos:
+        raise ValueError("steer: exclude='bos' needs input_ids and the model's bos_token_id")
+    found = ids == bos[0]
+    for one in bos[1:]:
+        found = found | (ids == one)
+    return found
+
+
 def token_mask(
     where: Positions,
     kwargs: dict[str, Any],
     prompt_length: int,
-    bos: int | None,
+    bos: tuple[int, ...],
     only: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, T] bool: which tokens of this forward pass are edited.
@@ -131,9 +141,7 @@ def token_mask(
         if "pad" in where.exclude:
             mask = mask & real
     if "bos" in where.exclude:
-        if ids is None or bos is None:
-            raise ValueError("steer: exclude='bos' needs input_ids and the model's bos_token_id")
-        mask = mask & ~((ids == bos) & (position <= 0))
+        mask = mask & ~is_bos(ids, bos)
     if only is not None:  # where.only on the device: copied before the model runs
         mask = mask & torch.isin(position, only)
     return mask
