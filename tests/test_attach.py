@@ -533,6 +533,54 @@ def test_a_block_in_which_nothing_was_edited_says_so(gpt2):
 
 
 @torch.no_grad()
+def test_a_prompt_in_chunks_is_not_confused_with_what_is_generated(gpt2):
+    """generate(prefill_chunk_size=3), assisted decoding, prompt lookup: several tokens a call."""
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(1, 8)
+    program = [[clamp(3, 6.0)]]
+    whole = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    for where in (positions.prompt_only(), positions.generated_only()):
+        with steerer.steer(program, where):
+            want = gpt2.generate(ids, **whole)
+        with pytest.raises(ValueError, match="prompt_length="), steerer.steer(program, where):
+            gpt2.generate(ids, prefill_chunk_size=3, **whole)
+        with steerer.steer(program, where, prompt_length=8):
+            assert torch.equal(gpt2.generate(ids, prefill_chunk_size=3, **whole), want)
+            assert torch.equal(gpt2.generate(ids, prompt_lookup_num_tokens=2, **whole), want)
+    with steerer.steer(program):  # every token: nothing to confuse
+        want = gpt2.generate(ids, **whole)
+        assert torch.equal(gpt2.generate(ids, prefill_chunk_size=3, **whole), want)
+    steerer.detach()
+
+
+def test_a_cache_of_unknown_length_is_refused_where_positions_need_it():
+    ids = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "cache_params": SimpleNamespace()}
+    where = positions.generated_only()
+    with pytest.raises(ValueError, match="does not say how many tokens it holds"):
+        positions.token_mask(where, ids, 4, (0,), None)
+    ids["cache_position"] = torch.tensor([6])
+    assert positions.token_mask(where, ids, 4, (0,), None).all()
+    assert not positions.token_mask(positions.prompt_only(), ids, 4, (0,), None).any()
+
+
+def test_a_site_that_runs_twice_a_pass_is_refused():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Linear(D, D)
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    model = Twice()
+    steerer, x = attach(model, topk_sae(), hook="block"), randn(1, 3, D)
+    with torch.no_grad(), steerer.steer([[clamp(3, 6.0)]]):
+        model.block(x), model.block(x)  # by itself, outside a pass
+        with pytest.raises(RuntimeError, match="block runs more than once in a pass"):
+            model(x)
+    steerer.detach()
+
+
+@torch.no_grad()
 def test_what_is_to_be_left_out_must_be_there(gpt2):
     steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
     program = [[clamp(3, 6.0)]] * 2

@@ -155,6 +155,8 @@ class Steerer:
         self._positions = prompt_and_generated()
         self._only: torch.Tensor | None = None
         self._prompt_length: int | None = None
+        self._guessed = False  # by the first call
+        self._in_pass = self._seen = False  # of the model; the site, in it
         self._mask: torch.Tensor | None = None
         self._module, self._inputs = module, inputs
         self._names = tuple(inspect.signature(model.forward).parameters)
@@ -164,6 +166,7 @@ class Steerer:
             module.register_forward_pre_hook(self._on_inputs, with_kwargs=True)
             if inputs
             else module.register_forward_hook(self._after),
+            model.register_forward_hook(self._passed, always_call=True),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +266,7 @@ class Steerer:
         self._write(programs)
         self._positions = where
         self._only = None if only is None else torch.tensor(only, device=self._slots.device)
-        self._prompt_length = prompt_length
+        self._prompt_length, self._guessed = prompt_length, False
         self.receipt = Receipt(self.site)
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
@@ -422,18 +425,35 @@ class Steerer:
 
     # -- the model runs ---------------------------------------------------------------------------
 
+    def _passed(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        self._in_pass = False
+
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         where = self._positions
-        if not self._sequences or where.everywhere:
+        if not self._sequences:
+            return
+        self._in_pass, self._seen = True, False
+        if where.everywhere:
             return
         if args:
             kwargs = {**dict(zip(self._names, args)), **kwargs}
+        ids = kwargs.get("input_ids")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
         if self._prompt_length is None:  # the first pass
-            ids = kwargs.get("input_ids")
-            tokens = ids if ids is not None else kwargs["inputs_embeds"]
-            self._prompt_length = int(past_length(kwargs)) + tokens.shape[1]
+            self._prompt_length, self._guessed = int(past_length(kwargs)) + tokens.shape[1], True
             self._refuse_unseen(where, kwargs)
+        elif self._guessed and where.prompt != where.generated and tokens.shape[1] > 1:
+            self._refuse_ambiguous(kwargs)
         self._mask = token_mask(where, kwargs, self._prompt_length, self._bos, self._only)
+
+    def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
+        """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens
+        that another model proposed."""
+        if not torch.compiler.is_compiling() and int(past_length(kwargs)) > 0:
+            raise ValueError(
+                "steer: a call of several tokens behind a cache (a prompt in chunks, assisted "
+                "decoding, prompt lookup): say where the prompt ends, by steer(..., prompt_length=)"
+            )
 
     def _refuse_unseen(self, where: Positions, kwargs: dict[str, Any]) -> None:
         """What was asked to be left out must be there and be known. Looks once, at a prompt."""
@@ -471,6 +491,13 @@ class Steerer:
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
         self.receipt.add(x)
+        if self._in_pass:
+            if self._seen and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"steer: {self.site} runs more than once in a pass of the model, and would be "
+                    "edited as often; attach to a module that runs once"
+                )
+            self._seen = True
         mask = self._mask
         if mask is None and not self._positions.everywhere:
             raise RuntimeError(

@@ -63,10 +63,25 @@ def at(positions: Iterable[int], exclude: Iterable[str] = ()) -> Positions:
 
 
 def past_length(kwargs: dict[str, Any]) -> Any:
-    """How many tokens the KV cache holds before this pass: an int, or a tensor (static caches)."""
-    names = ("cache", "past_key_values", "past_key_value")  # transformers 5.24, 4.56, older
+    """How many tokens the cache holds before this pass: an int, or a tensor (static caches).
+
+    Raises:
+        ValueError: there is a cache that does not say (a state-space model's), nor does anything.
+    """
+    # transformers 5.24, 4.56, older; state-space models
+    names = ("cache", "past_key_values", "past_key_value", "cache_params")
     cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-    return 0 if cache is None else cache.get_seq_length()
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return cache.get_seq_length()
+    place = kwargs.get("cache_position")
+    if place is None:
+        raise ValueError(
+            f"steer: positions need to know where a pass begins, and {type(cache).__name__} does "
+            "not say how many tokens it holds; steer every position, or run with use_cache=False"
+        )
+    return place[0]
 
 
 def _real_2d(attention: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
