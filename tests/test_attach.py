@@ -661,6 +661,56 @@ def test_a_module_without_hidden_states_is_refused_by_name(gpt2):
         model(randn(1, 3, D))
 
 
+def saelens(kind, metadata=None, **options):
+    """An object that looks like SAELens's, whose package need not be here."""
+    sae = type("SAE", (torch.nn.Module,), {"__module__": "sae_lens.saes"})()
+    sae.W_enc = torch.nn.Parameter(randn(D, F, seed=1))
+    sae.W_dec = torch.nn.Parameter(randn(F, D, seed=2))
+    sae.b_dec, sae.b_enc = (
+        torch.nn.Parameter(randn(D, seed=3)),
+        torch.nn.Parameter(randn(F, seed=4)),
+    )
+    sae.r_mag, sae.b_mag = (
+        torch.nn.Parameter(randn(F, seed=5) / 4),
+        torch.nn.Parameter(randn(F, seed=6)),
+    )
+    sae.b_gate = torch.nn.Parameter(randn(F, seed=7))
+    sae.cfg = SimpleNamespace(
+        architecture=lambda: kind, apply_b_dec_to_input=True, normalize_activations="none",
+        reshape_activations="none", metadata=SimpleNamespace(model_from_pretrained_kwargs=metadata),
+    )  # fmt: skip
+    for name, value in options.items():
+        setattr(sae.cfg, name, value)
+    return sae
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated"])
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("centring", [True, False, None])
+def test_saes_of_centred_activations_read_uncentred_ones(kind, subtract, centring):
+    options = {} if centring is None else {"center_writing_weights": centring}
+    sae = saelens(kind, options, apply_b_dec_to_input=subtract)
+    x = randn(1, 5, D, seed=9) + 2
+    seen = x - x.mean(-1, keepdim=True) if centring else x
+    p = (seen - sae.b_dec if subtract else seen) @ sae.W_enc
+    f = (p + sae.b_enc).relu()
+    if kind == "gated":
+        f = (p + sae.b_gate > 0) * (sae.r_mag.exp() * p + sae.b_mag).relu()
+    model = torch.nn.Sequential(torch.nn.Linear(D, D))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(D)), model[0].bias.zero_()
+    steerer = attach(model, sae, hook="0")
+    with torch.no_grad(), steerer.steer([[ablate(3)]]):
+        got = model(x)
+    steerer.detach()
+    torch.testing.assert_close(got, x - f[..., 3:4] * sae.W_dec[3], rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_that_was_never_folded_is_refused():
+    with pytest.raises(NotImplementedError, match="fold_activation_norm_scaling_factor"):
+        describe(saelens("standard", normalize_activations="expected_average_only_in"))
+
+
 @torch.no_grad()
 def test_the_steerer_follows_its_coder(gpt2):
     """`.to` puts other tensors in place of those that were described."""

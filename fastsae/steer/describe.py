@@ -29,7 +29,6 @@ def describe(sae: Any, max_activation: MaxActivations | None = None) -> Descript
 
 _SAELENS_NORMS = {
     "none": "none",
-    "expected_average_only_in": "none",
     "constant_norm_rescale": "constant_norm",
     "layer_norm": "layer_norm",
 }
@@ -41,6 +40,11 @@ def _saelens(sae: Any, max_activation: MaxActivations | None) -> Description:
     norms = getattr(cfg, "normalize_activations", "none")
     if kind not in ("standard", "topk", "jumprelu", "gated"):
         raise NotImplementedError(f"describe: SAELens architecture {kind!r}")
+    if norms == "expected_average_only_in":
+        raise NotImplementedError(
+            "describe: SAELens normalize_activations='expected_average_only_in' is a scale that "
+            "the SAE does not hold; fold it first: sae.fold_activation_norm_scaling_factor(factor)"
+        )
     if norms not in _SAELENS_NORMS:
         raise NotImplementedError(f"describe: SAELens normalize_activations={norms!r}")
     if getattr(cfg, "reshape_activations", "none") != "none":
@@ -52,6 +56,15 @@ def _saelens(sae: Any, max_activation: MaxActivations | None) -> Description:
         W_enc = W_enc.contiguous()
     gated = kind == "gated"
     b_enc = (sae.b_gate if gated else sae.b_enc).detach()
+    b_mag = sae.b_mag.detach() if gated else None
+    if _is_centred(cfg):
+        # <w, x - mean(x)> = <w - mean(w), x>; what b_dec is multiplied with stays as it was
+        centred = W_enc - W_enc.mean(1, keepdim=True)
+        if cfg.apply_b_dec_to_input:
+            shift = (centred - W_enc) @ sae.b_dec.detach()
+            b_enc = b_enc + shift
+            b_mag = None if b_mag is None else b_mag + sae.r_mag.detach().exp() * shift
+        W_enc = centred
     described = Description(
         W_enc,
         b_enc,
@@ -62,7 +75,7 @@ def _saelens(sae: Any, max_activation: MaxActivations | None) -> Description:
         threshold=sae.threshold.detach() if kind == "jumprelu" else None,
         k=int(cfg.k) if kind == "topk" else None,
         gain=sae.r_mag.detach().exp() if gated else None,
-        offset=sae.b_mag.detach() if gated else None,
+        offset=b_mag,
         norm=_SAELENS_NORMS[norms],
         max_activation=max_activation,
     )
@@ -77,3 +90,11 @@ def _saelens(sae: Any, max_activation: MaxActivations | None) -> Description:
             W_dec=W_dec / size[:, None],
         )
     return described
+
+
+def _is_centred(cfg: Any) -> bool:
+    """Whether the SAE was trained on activations without their mean over D, as TransformerLens
+    makes a model's by centring the weights that write to them."""
+    metadata = getattr(cfg, "metadata", None)
+    options = getattr(metadata, "model_from_pretrained_kwargs", None)
+    return isinstance(options, dict) and options.get("center_writing_weights") is True
