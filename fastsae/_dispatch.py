@@ -291,17 +291,30 @@ _forced = _check_backend(os.environ.get("FASTSAE_BACKEND"), "FASTSAE_BACKEND")
 
 _Key = tuple[str, torch.device, torch.dtype, str | None]
 _selected: dict[_Key, tuple[str, Callable[..., Any]]] = {}
+# what calls take that the selected backend's proved designs cannot, by the backends left
+_next: dict[tuple[_Key, tuple[str, ...]], tuple[str, Callable[..., Any]]] = {}
 
 
 def forget() -> None:
     """Chooses anew from here on, after a library was loaded or a level changed."""
     _selected.clear()
+    _next.clear()
     _put_off.clear()
     for cached in (_missing, _no_image, _too_old):
         cached.cache_clear()
 
 
 _choosing = threading.RLock()  # a check may bring another CPU level into force
+
+
+def _unlock() -> None:
+    """In a forked child nobody holds the lock: the thread that did is not there."""
+    global _choosing
+    _choosing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def _select(key: _Key) -> tuple[str, Callable[..., Any]]:
@@ -318,13 +331,26 @@ def _chosen(key: _Key) -> tuple[str, Callable[..., Any]]:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {why}")
         _selected[key] = forced, _implementation(op, forced)
         return _selected[key]
-    order = ORDER[op].get(device.type, ("reference",))
-    return _first_of(order, key)
+    found, settled = _first_of(ORDER[op].get(device.type, ("reference",)), key)
+    if settled:
+        _selected[key] = found
+    return found
 
 
-def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any]]:
-    """The first backend of `order` that can run and has been proved; kept, unless a check that
-    could not be made now may be made later."""
+def _one_of(rest: tuple[str, ...], key: _Key) -> Callable[..., Any]:
+    """The implementation for calls that the backends before `rest` cannot take."""
+    with _choosing:
+        found = _next.get((key, rest))
+        if found is None:
+            found, settled = _first_of(rest, key)
+            if settled:
+                _next[key, rest] = found
+    return found[1]
+
+
+def _first_of(order: tuple[str, ...], key: _Key) -> tuple[tuple[str, Callable[..., Any]], bool]:
+    """The first backend of `order` that can run and has been proved, and whether that is settled: a
+    check that could not be made now may be made later."""
     op, device, dtype, _ = key
     reasons: list[str] = []
     unproved = None
@@ -336,13 +362,13 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any
         run = _implementation(op, backend)
         if _is_guarded(device, backend):
             results = _proved(op, backend, device, dtype)
-            for check, result in results.items():
+            within = _within(op, backend, device, dtype)
+            for check, result in (results | within).items():
                 if result.state != PASSED:
                     _warn(check, result, device)
                     if result.state == UNKNOWN:
                         unproved = check
             trusted = frozenset(c.design for c, r in results.items() if r.state == PASSED)
-            within = _within(op, backend, device, dtype)
             if not trusted or (within and not any(w.state == PASSED for w in within.values())):
                 reasons.append(f"the {backend} kernels did not pass their checks here")
                 continue
@@ -355,13 +381,11 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[str, Callable[..., Any
             if unproved is not None:
                 from .verify import first_use
 
-                return backend, partial(first_use.reference, unproved, run)
+                return (backend, partial(first_use.reference, unproved, run)), False
             # fp64 on a GPU is for checks: no kernel is missing that a build would bring
             if device.type != "cuda" or dtype != torch.float64:
                 warn_slow(op, device, "; ".join(reasons) or f"there are none for {device.type}")
-        if unproved is None:
-            _selected[key] = backend, run
-        return backend, run
+        return (backend, run), unproved is None
     raise AssertionError("reference is always usable")
 
 
@@ -371,7 +395,7 @@ def _some_designs(
     """A backend of which some designs failed: calls that need those go to the next one."""
     design = _triton_module(key[0]).design_of(args[0], args[1], args[3], trusted)
     if design is None:
-        return _first_of(rest, key)[1](*args)
+        return _one_of(rest, key)(*args)
     return run(*args, design=design)
 
 
@@ -382,7 +406,7 @@ def _some_within(
     x, W_enc, k = args[0], args[1], args[4]
     tokens = x.view(-1, x.shape[-1])
     if _triton_module("topk_encode").design_of(tokens, W_enc, k, passed) is None:
-        return _first_of(rest, key)[1](*args)
+        return _one_of(rest, key)(*args)
     return run(*args, trusted=passed)
 
 
@@ -403,6 +427,8 @@ def _proved(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
                 forget()
             torch.ops.fastsae._set_cpu_level(check.design)
             return results
+        if results[check].state == UNKNOWN:
+            break  # may be known later: no reason for another level
     torch.ops.fastsae._set_cpu_level(before)  # for the ops of which it has passed
     return results
 

@@ -35,8 +35,9 @@ _HOME = Path(__file__).resolve().parent
 def _search_path() -> list[str]:
     """This process's, the folder that "" stood for when this package was imported included."""
     root = str(_HOME.parent)
-    known = any(p and Path(p).resolve() == _HOME.parent for p in sys.path)
-    return [p or root for p in sys.path if p or not known]
+    paths = [p for p in sys.path if isinstance(p, str)]  # imports pass over all else
+    known = any(p and Path(p).resolve() == _HOME.parent for p in paths)
+    return [p or root for p in paths if p or not known]
 
 
 def rows(

@@ -101,13 +101,16 @@ def _driver() -> str:
         return ""
 
 
+_TRUTH = ("verify/*.py", "reference/*.py")  # what kernels are compared with
+
+
 @cache
 def key(device: torch.device) -> dict[str, str]:
     """What a record belongs to."""
     found = {
         "fastsae": __version__,
         "kernels": _kernels(device.type),
-        "checks": _digest(sorted((Path(__file__).parent / "verify").glob("*.py"))),
+        "checks": _digest(sorted(p for f in _TRUTH for p in Path(__file__).parent.glob(f))),
         "torch": torch.__version__,
     }
     if device.type == "cpu":

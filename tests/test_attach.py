@@ -611,6 +611,16 @@ def test_what_is_to_be_left_out_must_be_there(gpt2):
     ):
         gpt2(padded)
     steerer.detach()
+    gpt2.config.__dict__ |= {"bos_token_id": 1, "eos_token_id": 1}  # doubles as padding
+    steerer = attach(gpt2, topk_sae(), layer=LAYER)
+    with steerer.steer(program, where):
+        gpt2(padded)
+    where = positions.prompt_and_generated(exclude="bos")
+    with steerer.steer(program, where):  # a call that continues a cache brings no BOS
+        cache = gpt2(padded, use_cache=True).past_key_values
+    with steerer.steer(program, where):
+        gpt2(without[:, :2], past_key_values=cache)
+    steerer.detach()
     again = ids.clone()
     again[:, 3] = 0  # a second document in the sequence
     seen = positions.token_mask(
@@ -726,6 +736,22 @@ def test_the_steerer_follows_its_coder(gpt2):
         want = gpt2(ids).logits
     fresh.detach()
     assert torch.equal(got, want) and not torch.equal(got, gpt2(ids).logits)
+
+
+@torch.no_grad()
+def test_the_steerer_ranks_by_the_norms_of_now(gpt2):
+    sae, ids = fastsae.nn.TopKSAE(D, F, 3, seed=3, rank_by_decoder_norm=True).eval(), prompt(2)
+    steerer = attach(gpt2, sae, layer=LAYER)
+    with steerer.steer([[scale(3, 2.0)], None]):
+        gpt2(ids)
+    sae.W_dec.mul_(torch.linspace(0.1, 4, F)[:, None])
+    found = []
+    for one in (steerer, None):
+        one = one or attach(gpt2, sae, layer=LAYER)
+        with one.steer([[ablate(j) for j in range(8)], None]):
+            found.append(gpt2(ids).logits)
+        one.detach()
+    assert torch.equal(*found)
 
 
 def test_tables_are_of_the_sites_dtype():

@@ -336,7 +336,7 @@ def test_a_check_that_ended_its_process_twice_is_not_repeated(records):
     assert not left.is_alive()
     for note, ended in (
         (left, PASSED), (left._replace(ended=1), FAILED), (own, PASSED),
-        (left._replace(boot="another machine's", ended=1), PASSED),  # not ours to judge
+        (left._replace(boot="another machine's or container's", ended=1), PASSED),  # not ours
         (own._replace(start="1"), PASSED), (own._replace(start="1", ended=1), FAILED),  # pid reused
         ("4711", PASSED),
     ):  # fmt: skip
@@ -396,6 +396,62 @@ def test_a_check_sees_no_default_device(records):
         torch.set_default_device(None)
     states = {r.state for r in Record(CPU).results.values()}
     assert states == {PASSED}
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_checks_see_no_default_dtype(records, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        _dispatch.select("sparse_adam_step", torch.zeros(1, dtype=torch.float32))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {r.state for r in Record(CPU).results.values()} == {PASSED}
+
+
+@built
+@pytest.mark.skipif(len(LEVELS) < 2, reason="only the portable level here")
+def test_what_could_not_be_checked_once_lowers_no_level(records, monkeypatch):
+    torch.ops.fastsae._set_cpu_level(LEVELS[-1])
+    verdict = worker.verdict
+    monkeypatch.setattr(worker, "verdict", lambda *a, **k: (UNKNOWN, 0.0, "no memory"))
+    with pytest.warns(fastsae.KernelCheckWarning, match="no memory"):
+        assert decode().item() == 6  # by the reference
+    assert torch.ops.fastsae._cpu_level() == LEVELS[-1]
+    monkeypatch.setattr(worker, "verdict", verdict)
+    _dispatch._put_off.clear()  # a minute later
+    decode()
+    assert _dispatch.backend_of("sparse_decode", torch.zeros(1)) == "cpu"
+    assert torch.ops.fastsae._cpu_level() == LEVELS[-1]
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_forked_while_another_thread_chooses_can_choose(records):
+    code = """
+import os, sys, threading, torch, fastsae
+from fastsae import _dispatch
+held = threading.Event()
+def hold():
+    with _dispatch._choosing:
+        held.set()
+        threading.Event().wait(20)
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    _dispatch.select("topk", torch.zeros(1))
+    os._exit(7)
+threading.Timer(15, os.kill, (child, 9)).start()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+    env = {**os.environ, "FASTSAE_CACHE": str(records), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.stdout.strip() == "7", done.stderr
 
 
 @built
@@ -487,6 +543,15 @@ def test_an_op_on_another_uses_its_proved_designs_only(as_on_a_gpu, monkeypatch)
     as_on_a_gpu.write(_encode_checks(bounded=FAILED, chunked=FAILED))
     assert _dispatch.backend_of("topk_member", x) == "reference"
     _dispatch.forget()
+    as_on_a_gpu.write(_encode_checks(bounded=UNKNOWN, chunked=UNKNOWN))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            first_use, "check", lambda cs, d: {c: Result(UNKNOWN, reason="busy") for c in cs}
+        )
+        assert _dispatch.backend_of("topk_member", x) == "reference"
+    as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=PASSED))
+    assert _dispatch.backend_of("topk_member", x) == "triton"  # nothing was kept
+    _dispatch.forget()
     as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=FAILED))
     ops.topk_member(x, W, None, latents, 8)  # too narrow for the bounds: the reference
     assert len(given) == 1
@@ -500,6 +565,7 @@ def test_a_call_that_only_a_failed_design_takes_goes_to_the_next_backend(as_on_a
     monkeypatch.setattr(module, "topk_encode", None)  # would fail
     with pytest.warns(fastsae.KernelCheckWarning, match="chunked"):
         encode()  # too narrow for the bounds
+    assert _dispatch.backend_of("topk_encode", torch.zeros(1)) == "triton"  # for those that fit
 
 
 def test_unknown_designs_are_checked_in_a_process_of_their_own(as_on_a_gpu, workers, monkeypatch):

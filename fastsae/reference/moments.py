@@ -115,12 +115,12 @@ def store(
     # q in [0, 1] of the block's largest; code between two neighbours of its root
     q = magnitude * _expand(_inverse(m_scale), d) * 127**2
     code = q.sqrt().nan_to_num(0).floor().clamp(0, 126)
-    up = low * 2.0**-16 * (2 * code + 1) < q - code * code
+    up = low.to(q.dtype) * 2.0**-16 * (2 * code + 1) < q - code * code
     codes = (code + up) * m.sign().nan_to_num(0)
     q = root * _expand(_inverse(v_scale), d) * 256**2
     code = q.sqrt().nan_to_num(0).floor().clamp(1, 255)
     here, above = (code * code).square(), ((code + 1) * (code + 1)).square()
-    up_v = high * 2.0**-16 * (above - here) < q * q - here
+    up_v = high.to(q.dtype) * 2.0**-16 * (above - here) < q * q - here
     return Moments(codes.to(torch.int8), (code + up_v - 1).to(torch.uint8), m_scale, v_scale)
 
 

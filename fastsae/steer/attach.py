@@ -130,7 +130,10 @@ class Steerer:
                 raise ValueError("attach: without an SAE the model must have a config")
             width = text.hidden_size
         bos = getattr(config, "bos_token_id", None)
-        self._bos = () if bos is None else tuple(bos) if isinstance(bos, list) else (int(bos),)
+        eos = getattr(config, "eos_token_id", None)
+        self._bos, self._eos = (
+            () if i is None else tuple(i) if isinstance(i, list) else (int(i),) for i in (bos, eos)
+        )
         self._pad = getattr(config, "pad_token_id", None)
         rows: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -145,6 +148,7 @@ class Steerer:
         self._sequences = 0  # of the programs in force; 0: none
         self.receipt = Receipt(name)
         self._coder: SparseCoder | None = None
+        self._norms_of: Any = None
         self._used = (1, 1)  # slots and entries of theirs
         self._current, self._asked = self._slots[:0], self._wanted[:0]
         # may an entry ask for membership among the k, and does one now?
@@ -176,14 +180,18 @@ class Steerer:
     def follow(self, coder: SparseCoder) -> None:
         """Takes the coder's weights anew at every `set`, where `.to(...)` has put others in place
         of those described."""
-        self._coder = coder
+        self._coder, self._norms_of = coder, version_of(coder.W_dec)
 
     def _described_anew(self) -> None:
         coder, sae = self._coder, self.sae
         if coder is None or sae is None:
             return
         pairs = ((getattr(coder, n), getattr(sae, n)) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-        if any(p.data_ptr() != d.data_ptr() or p.dtype != d.dtype for p, d in pairs):
+        moved = any(p.data_ptr() != d.data_ptr() or p.dtype != d.dtype for p, d in pairs)
+        # the norms of W_dec's rows are a copy, of the weights as they were
+        norms = sae.rank_scale is not None and version_of(coder.W_dec) != self._norms_of
+        if moved or norms:
+            self._norms_of = version_of(coder.W_dec)
             self.sae = replace(coder.describe(), max_activation=sae.max_activation)
             self._member = None
 
@@ -296,6 +304,7 @@ class Steerer:
         self._slots.zero_()
         self._sequences = 0
         self._mask = None
+        self._in_pass = self._seen = False
 
     def _write(self, programs: Sequence[Program | None]) -> None:
         if len(programs) == 0 or len(programs) > len(self._slots):
@@ -449,7 +458,9 @@ class Steerer:
     def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
         """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens
         that another model proposed."""
-        if not torch.compiler.is_compiling() and int(past_length(kwargs)) > 0:
+        if torch.compiler.is_compiling() or _is_captured(self._slots.device):
+            return
+        if int(past_length(kwargs)) > 0:
             raise ValueError(
                 "steer: a call of several tokens behind a cache (a prompt in chunks, assisted "
                 "decoding, prompt lookup): say where the prompt ends, by steer(..., prompt_length=)"
@@ -460,14 +471,17 @@ class Steerer:
         ids = kwargs.get("input_ids")
         if ids is None or torch.compiler.is_compiling() or _is_captured(ids.device):
             return
-        if "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
+        begins = where.prompt and int(past_length(kwargs)) == 0
+        if begins and "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
             raise ValueError(
                 f"steer: exclude='bos', but no token of this call is the model's BOS "
                 f"({', '.join(map(str, self._bos))}); put it in front, or leave the exclusion out"
             )
         # generate() gives the model no mask where there is no padding
         unmasked = "pad" in where.exclude and kwargs.get("attention_mask") is None
-        if unmasked and self._pad is not None and bool((ids == self._pad).any()):
+        # a BOS or EOS that doubles as padding may stand for itself
+        named = self._pad is not None and self._pad not in (*self._bos, *self._eos)
+        if unmasked and named and bool((ids == self._pad).any()):
             raise ValueError(
                 f"steer: exclude='pad', and the call has tokens {self._pad}, the model's padding, "
                 "but no attention_mask, which says where it is"

@@ -124,7 +124,8 @@ class Trainer:
         A CUDA graph can hold it, of a capturable optimizer. What the host counts does not move in a
         replay: after each, add to `step_count` and `tokens`, and call `set_rate` before the next.
         """
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not captured:
             self.set_rate()  # captured, it would stay that of this step
         n = x.shape[:-1].numel()
         loss = self.sae.loss(x, most_dead=self._most_dead(x, n))
@@ -133,8 +134,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self._project and self.sae.config.normalize_decoder:
             self.sae.normalize_decoder_()
-        self.step_count += 1
-        self.tokens += n
+        if not captured:  # then nothing has run yet
+            self.step_count += 1
+            self.tokens += n
         l0 = (loss.code.values.detach() != 0).sum().float() / max(n, 1)
         error = loss.terms.get("fvu")
         if error is None:

@@ -7,6 +7,7 @@ begins, so that a level that ends the process is not tried again by the next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -72,14 +73,17 @@ def _in_process(one: Check, device: torch.device) -> Result:
 class _Note(NamedTuple):
     """Whose check is under way, in the record: a process that is gone has not finished it."""
 
-    boot: str
+    boot: str  # and the namespace of its ids, which a container has of its own
     pid: int
     start: str  # of the process, in ticks since boot
     ended: int = 0  # processes that have ended in this check before
 
     @classmethod
     def of_this_process(cls) -> _Note:
-        return cls(_first_line("/proc/sys/kernel/random/boot_id"), os.getpid(), _start(os.getpid()))
+        boot = _first_line("/proc/sys/kernel/random/boot_id")
+        with contextlib.suppress(OSError):
+            boot += " " + os.readlink("/proc/self/ns/pid")
+        return cls(boot, os.getpid(), _start(os.getpid()))
 
     @classmethod
     def read(cls, text: str) -> _Note:
@@ -117,29 +121,39 @@ def _start(pid: int) -> str:
     return fields[19] if len(fields) > 19 else ""
 
 
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the check: a dispatch mode would make another error of it."""
+    """Handlers written in Python, Ctrl-C's first of all, wait for the end of the check, which would
+    take what they raise for an error of the kernel."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: handler for n, handler in before.items() if callable(handler)}
     try:
+        for n in before:
+            signal.signal(n, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+        for n in came:
+            signal.raise_signal(n)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Without the caller's modes and default device, and on one thread: idle neighbours would only
     be waited for."""
-    threads = torch.get_num_threads()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     try:
         torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
         with (
             torch._C.DisableTorchFunction(),
             _disable_current_modes(),
@@ -148,6 +162,7 @@ def _undisturbed() -> Iterator[None]:
         ):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
 
 
