@@ -180,3 +180,15 @@ def _level_in_force() -> Iterator[None]:
     wanted = os.environ.get("FASTSAE_CPU_LEVEL")
     if wanted and fastsae._library.CPU_MISSING is None:
         assert torch.ops.fastsae._cpu_level() == wanted
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For sizes that are too small for two: on a loaded machine threads only wait for one another.
+
+    A file asks for it with `pytestmark = pytest.mark.usefixtures("one_thread")`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

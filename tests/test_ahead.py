@@ -17,12 +17,7 @@ from fastsae.train.trainer import TrainConfig, Trainer, shuffled
 N, D, F, K = 40, 12, 64, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- AuxK ---------------------------------------------------------------------------------------

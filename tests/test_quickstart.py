@@ -38,12 +38,7 @@ def silent(_title: str, _total: int) -> Iterator[Any]:
     yield lambda n: None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(out: Path) -> Settings:

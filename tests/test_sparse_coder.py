@@ -33,13 +33,7 @@ from fastsae.train.evaluate import reconstruction
 N, D, F, K = 40, 12, 64, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These sizes are too small for two: on a loaded machine threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- a toy architecture: what a new file in fastsae/nn is ----------------------------------------

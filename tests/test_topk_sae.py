@@ -20,13 +20,7 @@ from fastsae.optim import FusedAdam, has_unit_norm
 N, D, F, K = 40, 12, 64, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These sizes are too small for two: on a loaded machine threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(dtype=torch.float64, seed=0, **options):

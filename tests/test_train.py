@@ -14,13 +14,7 @@ from fastsae.train.trainer import shuffled
 D, F, K = 16, 64, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These sizes are too small for two: on a loaded machine threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(n=2000, seed=0):

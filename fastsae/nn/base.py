@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ class CoderConfig:
         raise ValueError(f"{type(self).__name__}: {why}")
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(nn.Module, ABC):
     r"""Base of the sparse autoencoders and transcoders.
 
     A subclass has a `config_class` of its own and defines `reset_parameters`, `encode`, `loss` and
@@ -136,17 +137,18 @@ class SparseCoder(nn.Module):
 
     # -- what a subclass defines --------------------------------------------------------------
 
+    @abstractmethod
     def reset_parameters(self, seed: int | None = None) -> None:
         """Fresh weights, in place. None draws from torch's global generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, x: torch.Tensor) -> Code:
         """The active latents of every token of x [..., D_in], which is cast to W_enc's dtype.
 
         Implementations end with `return self._tracked(code)`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(
         self, x: torch.Tensor, target: torch.Tensor | None = None, *, most_dead: int | None = None
     ) -> Loss:
@@ -158,11 +160,10 @@ class SparseCoder(nn.Module):
             most_dead: at most so many latents are dead, when the caller knows; a GPU then need not
                 be waited for, and a CUDA graph can hold the call.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> Description:
         """Weights and activation, as steering and other formats take them."""
-        raise NotImplementedError
 
     # -- the autoencoder ----------------------------------------------------------------------
 
