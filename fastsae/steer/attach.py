@@ -20,11 +20,11 @@ from ..ops.steer import Prepared, steer
 from ..ops.topk_member import Prepared as PreparedMember
 from ..ops.topk_member import spread, topk_member, version_of
 from ..reference.steer import normalised
+from .compile import Compiler, Entry
 from .describe import describe
-from .operations import MAX_UNIT, Gate, Operation, Program
+from .operations import Operation, Program
 from .positions import Positions, is_bos, past_length, prompt_and_generated, token_mask
 
-_BIAS, _THETA, _GAIN, _OFFSET, _VALUE, _TAU = range(6)
 # module -> which of its sides are attached: its inputs (True), its output (False)
 _taken: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
 
@@ -311,7 +311,7 @@ class Steerer:
             raise ValueError(
                 f"steer: between 1 and {len(self._slots)} programs (max_batch), got {len(programs)}"
             )
-        lists: list[list[_Entry]] = []
+        lists: list[list[Entry]] = []
         slots: list[int] = []
         known: dict[tuple[Operation, ...], int] = {}
         for program in programs:
@@ -360,77 +360,8 @@ class Steerer:
         asked = self._code.device.type != "cpu" or bool((code[..., 1] & codes.MEMBER).any())
         self._selects = self._exact and asked
 
-    def _entries(self, program: Program) -> list[_Entry]:
-        entries = [self._entry(op) for op in program]
-        for op, entry in zip(program, list(entries)):
-            if op.when is not None:
-                entry.gate = self._gate(op.when, entries)
-                entry.param[_TAU] = self._amount(op.when.latent, op.when.above, op.when.unit)
-        return entries
-
-    def _gate(self, gate: Gate, entries: list[_Entry]) -> int:
-        """The entry that reads the gate's latent; a probe is added when there is none."""
-        for at, entry in enumerate(entries):
-            if entry.latent == gate.latent and entry.opcode != codes.ADD:
-                return at
-        entries.append(self._latent_entry(gate.latent, codes.PROBE, 0.0))
-        return len(entries) - 1
-
-    def _entry(self, op: Operation) -> _Entry:
-        if op.latent is not None:
-            value = self._amount(op.latent, op.value, op.unit)
-            return self._latent_entry(op.latent, op.opcode, value)
-        assert op.vector is not None
-        if len(op.vector) != self._enc.shape[2]:
-            raise ValueError(
-                f"steer: a vector of width {len(op.vector)} at {self.site}, whose activations have "
-                f"width {self._enc.shape[2]}"
-            )
-        vector = op.vector.double().cpu()
-        param = [0.0, -float("inf"), 1.0, 0.0, op.value, 0.0]
-        return _Entry(vector, vector, param, op.opcode, codes.RAW | codes.SIGNED, -1)
-
-    def _amount(self, latent: int, value: float, unit: str) -> float:
-        sae = self._described(latent)
-        if unit != MAX_UNIT:
-            return value
-        if sae.max_activation is None:
-            raise ValueError(
-                f"steer: unit='max' for latent {latent} needs the SAE's maximum activations: "
-                "describe(sae, max_activation=MaxActivations(values, tokens, data))"
-            )
-        return value * float(sae.max_activation.values[latent])
-
-    def _described(self, latent: int) -> Description:
-        if self.sae is None:
-            raise ValueError(f"steer: latent {latent} at {self.site}, which has no SAE attached")
-        if latent >= len(self.sae.W_dec):
-            raise ValueError(
-                f"steer: latent {latent} at {self.site}, whose SAE has {len(self.sae.W_dec)}"
-            )
-        return self.sae
-
-    def _latent_entry(self, latent: int, opcode: int, value: float) -> _Entry:
-        sae = self._described(latent)
-
-        def at(tensor: torch.Tensor | float | None, default: float) -> float:
-            if tensor is None or isinstance(tensor, (int, float)):
-                return default if tensor is None else float(tensor)
-            return float(tensor.reshape(-1)[latent if tensor.numel() > 1 else 0])
-
-        enc = sae.W_enc[latent].double().cpu()
-        shift = -float(enc @ sae.b_dec.double().cpu()) if sae.subtract_b_dec else 0.0
-        gain = at(sae.gain, 1.0)
-        bias = at(sae.b_enc, 0.0) + shift
-        offset = bias if sae.offset is None else at(sae.offset, 0.0) + gain * shift
-        flags, theta = 0, at(sae.threshold, 0.0)
-        if sae.exact_membership:
-            flags, theta = codes.MEMBER, -float("inf")
-        if sae.identity:
-            flags |= codes.SIGNED
-        param = [bias, theta, gain, offset, value, 0.0]
-        dec = sae.W_dec[latent].double().cpu() / sae.input_scale
-        return _Entry(enc * sae.input_scale, dec, param, opcode, flags, latent)
+    def _entries(self, program: Program) -> list[Entry]:
+        return Compiler(self.sae, self.site, self._enc.shape[2]).entries(program)
 
     # -- the model runs ---------------------------------------------------------------------------
 
@@ -604,22 +535,3 @@ class Steerer:
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class _Entry:
-    """One row of the tables."""
-
-    def __init__(
-        self,
-        enc: torch.Tensor,
-        dec: torch.Tensor,
-        param: list[float],
-        opcode: int,
-        flags: int,
-        latent: int,
-    ) -> None:
-        self.enc, self.dec, self.param = enc, dec, param
-        self.opcode, self.flags, self.latent = opcode, flags, latent
-        if flags & codes.RAW:
-            self.latent = -1
-        self.gate = -1
