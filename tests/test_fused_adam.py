@@ -728,7 +728,7 @@ def test_capturable_never_waits_for_the_device(fmt):
             }, name  # fmt: skip
             return func(*args, **(kwargs or {}))
 
-    saes = [make(torch.float32) for _ in range(2)]
+    saes = [TopKSAE(D, 24, K, dtype=torch.float32, seed=0) for _ in range(2)]  # interpreted: small
     lr = torch.tensor(1e-2)
     opts = [
         FusedAdam(saes[0].parameters(), lr=lr, capturable=True, moments=fmt),

@@ -605,6 +605,7 @@ def test_what_cannot_be_checked_now_takes_the_reference_or_says_so(
 
 def test_a_design_that_was_asked_for_must_be_proved(as_on_a_gpu, monkeypatch):
     check = Check("topk_encode", "triton", "fp8", "float32")
+    as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=PASSED))
     as_on_a_gpu.write({check: Result(FAILED, reason="wrong: one bit")})
     x, W = torch.zeros(2, 16), torch.zeros(8, 16)
     with pytest.raises(RuntimeError, match="'fp8' was asked for and is not proved.*one bit"):
