@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from . import _library, _verified
+from ._capture import is_capturing
 from ._verified import FAILED, PASSED, UNKNOWN, Check, Result
 from ._warnings import KernelCheckWarning, warn_slow
 
@@ -233,7 +234,7 @@ def _results(checks: list[Check], device: torch.device) -> dict[Check, Result]:
         return found
     from .verify import first_use
 
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         return found | first_use.check(unknown, device)  # nothing is tried: ask again afterwards
     tried = first_use.check(unknown, device)
     for c, result in tried.items():

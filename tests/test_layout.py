@@ -73,7 +73,7 @@ FLOORS = (
     {"info"},
     {"_dispatch"},
     {"reference", "triton_kernels", "_verified", "_isolated"},
-    {"_library", "_files", "_config", "_errors", "_memory"},
+    {"_library", "_files", "_config", "_errors", "_memory", "_capture"},
     {"_steer_codes", "_version", "_warnings"},
 )
 # Laws of their own: what a part may not know, although it lies below.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import _steer_codes as codes
+from .._capture import is_capturing
 from ..lm.sites import find_site, output_of, replaced
 from ..nn import Description, SparseCoder
 from ..ops.steer import Prepared, steer
@@ -389,7 +390,7 @@ class Steerer:
     def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
         """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens
         that another model proposed."""
-        if torch.compiler.is_compiling() or _is_captured(self._slots.device):
+        if torch.compiler.is_compiling() or is_capturing(self._slots.device):
             return
         if int(past_length(kwargs)) > 0:
             raise ValueError(
@@ -400,7 +401,7 @@ class Steerer:
     def _refuse_unseen(self, where: Positions, kwargs: dict[str, Any]) -> None:
         """What was asked to be left out must be there and be known. Looks once, at a prompt."""
         ids = kwargs.get("input_ids")
-        if ids is None or torch.compiler.is_compiling() or _is_captured(ids.device):
+        if ids is None or torch.compiler.is_compiling() or is_capturing(ids.device):
             return
         begins = where.prompt and int(past_length(kwargs)) == 0
         if begins and "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
@@ -531,7 +532,3 @@ class Steerer:
                 sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
             )
         return self._member
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

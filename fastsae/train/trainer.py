@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._capture import is_capturing
 from .._config import make_plain
 from .._files import write_atomic
 from ..nn import SparseCoder, fvu
@@ -124,7 +125,7 @@ class Trainer:
         A CUDA graph can hold it, of a capturable optimizer. What the host counts does not move in a
         replay: after each, add to `step_count` and `tokens`, and call `set_rate` before the next.
         """
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        captured = is_capturing(x.device)
         if not captured:
             self.set_rate()  # captured, it would stay that of this step
         n = x.shape[:-1].numel()
@@ -151,7 +152,7 @@ class Trainer:
 
     def _bound(self, n: int) -> int:
         d_sae = self.sae.d_sae
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.sae.W_dec.device):
             return d_sae  # a replay must hold for any number
         # the batch that comes counts as seen, and as having fired nothing: a bound all the same
         bound = self._dead.update(self.sae.tokens_since_fired() + n, self.tokens + n, n)

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _verified
+from .._capture import is_capturing
 from .._verified import FAILED, PASSED, RUNNING, UNKNOWN, Check, Result
 from . import run, worker
 
@@ -32,7 +33,7 @@ def check(unknown: list[Check], device: torch.device) -> dict[Check, Result]:
     record = _verified.record(device)
     if unknown[0].backend == "cpu":
         return {c: _in_process(c, device) for c in unknown}
-    if _is_captured(device):
+    if is_capturing(device):
         return {c: Result(UNKNOWN, reason="a CUDA graph is being captured") for c in unknown}
     with _verified.lock(device):
         record.refresh()  # another process of this job may have been first
@@ -177,7 +178,7 @@ def reference(unproved: Check, run: Callable[..., Any], *args: Any) -> Any:
     why = None
     if need > free:
         why = f"needs {need / 2**30:.1f} GB, {free / 2**30:.1f} are free"
-    elif unproved.op in _WAITS and _is_captured(device):
+    elif unproved.op in _WAITS and is_capturing(device):
         why = "waits for the device, which a CUDA graph that is being captured cannot"
     if why is not None:
         raise RuntimeError(
@@ -186,10 +187,6 @@ def reference(unproved: Check, run: Callable[..., Any], *args: Any) -> Any:
             "machine."
         )
     return run(*args)
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _bytes(op: str, args: tuple[Any, ...]) -> int:
