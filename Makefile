@@ -34,7 +34,7 @@ test-all: $(VENV)/.built $(VENV)/.test ## what `make test` leaves out: other CPU
 	$(BIN)/python tools/cpu_levels.py $(ARGS)
 	$(BIN)/fastsae verify --device cpu
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(ARGS)
-	$(BIN)/python tests/triton_versions.py $(ARGS)
+	$(BIN)/python tests/support/triton_versions.py $(ARGS)
 
 test-levels: $(VENV)/.built $(VENV)/.test ## the C++ kernels at the CPU's lower levels
 	$(BIN)/python tools/cpu_levels.py $(ARGS)

@@ -35,15 +35,18 @@ stages="build:100 warm:85 verify:145 sanitizer:120 hopper:45 tests:75
   bench:120 plots:45 encode:90 grid:105 gather:55 step:95 largest:45 report:15"
 ops="topk topk_encode topk_member sparse_decode sparse_grad_values sparse_grad_weight
   sparse_grad_weight_rows sparse_adam_step steer"
-tests="test_cuda_kernels test_sparse_decode test_sparse_grad_values test_sparse_grad_weight
-  test_sparse_adam_step test_topk test_topk_encode test_topk_encode_triton test_topk_encode_fused
-  test_topk_encode_fp8 test_topk_member test_steer test_bench test_training_graph test_ahead"
+tests="cuda/test_kernels ops/test_sparse_decode ops/test_sparse_grad_values
+  ops/test_sparse_grad_weight ops/test_sparse_adam_step ops/test_topk ops/test_topk_encode
+  triton/test_topk_encode triton/test_topk_encode_fused triton/test_topk_encode_fp8
+  ops/test_topk_member ops/test_steer harness/test_bench train/test_training_graph
+  train/test_ahead"
 
 targets() { "$python" benchmarks/gpu_targets.py "$1" --out "$state/$1.json"; }
 # Runs a part of a stage for every line of stdin, so many at once; what is done is not repeated.
 parts() { GPU_SUITE_STAGE="$1" xargs -P "$2" -L 1 "$0"; }
 part() {
-  local mark=$state/part.${1// /.}.done log=$state/part.${1// /.}.log
+  local name=${1//[ \/]/.}
+  local mark=$state/part.$name.done log=$state/part.$name.log
   [ -e "$mark" ] && return
   shift
   if "$@" >"$log" 2>&1; then touch "$mark"; else
@@ -82,7 +85,7 @@ stage_sanitizer_one() {
 }
 stage_hopper() {
   timeout --foreground --kill-after=2 25 "$python" -m pytest -q -p no:cacheprovider \
-    tests/test_topk_encode_hopper.py && targets hopper
+    tests/cuda/test_topk_encode_hopper.py && targets hopper
 }
 # A process for each file: they mostly wait for Triton to compile.
 stage_tests() { printf '%s\n' $tests | parts tests_one 8; }

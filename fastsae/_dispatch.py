@@ -151,7 +151,7 @@ def _missing(op: str, backend: str, device: torch.device | str, dtype: torch.dty
                 "the environment CPU tensors run in Triton's interpreter: slow, for tests)"
             )
         return _too_old(device)
-    # the tests build the same kernels for CPU tensors (tests/cuda_host.py)
+    # the tests build the same kernels for CPU tensors (tests/support/cuda_host.py)
     if not _has_kernel(f"{op}_cuda", kind.upper()):
         if kind != "cuda":
             return f"the cuda kernels need a GPU tensor, got {kind}"

@@ -1,11 +1,9 @@
-"""The one tolerance table, backends, and the comparison every kernel test uses."""
+"""The environment that the tests run in, backends, and fixtures that every folder uses."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,17 +18,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter: asked for before anyone imports it.
+# Without a GPU the Triton kernels run in Triton's interpreter, asked for before anyone imports it,
+# and the CUDA kernels on the CPU, compiled against support/cuda_on_host.h.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # The tests' records of checked kernels are not the user's.
-os.environ.setdefault("FASTSAE_CACHE", str(Path(__file__).parent.parent / "build" / "cache"))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ["FASTSAE_CACHE"] = str(Path(__file__).parents[1] / "build" / "cache")
 
-import cuda_host  # noqa: E402
+import cuda_host
+from common import DTYPES, INTERPRETED, ON_HOST, device_of, dtype_id, takes_fp64
 
-import fastsae  # noqa: E402
-from fastsae import _dispatch  # noqa: E402
+import fastsae
+from fastsae import _dispatch
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     import triton_launches
@@ -40,19 +39,8 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     interpreter.repair()
     triton_launches.install()
 
-# Without a GPU the CUDA kernels run on the CPU, compiled against tests/cuda_on_host.h.
-ON_HOST = not torch.cuda.is_available()
-
-# Absolute slack on top of twice the reference's own rounding error, for data of order 1.
-ATOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-# What another instruction set cannot change: GPU kernels, compilers, applications.
-NOT_CPU_KERNELS = re.compile(
-    "test_(triton_|cuda_|serve|quickstart|compare|cli_|sweep|embedded_model|vectors|stdlib_text|bench|"
-    "gpu_suite|layout|topk_encode_(triton|fused|fp8|hopper))"
-)
+# Where a test can depend on the C++ kernels' instruction set.
+CPU_KERNELS = ("ops", "cpu", "nn", "train", "steer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def depends(item: pytest.Item) -> bool:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         return not (
-            NOT_CPU_KERNELS.match(item.path.name)
+            item.path.parent.name not in CPU_KERNELS
             or any(p in ("reference", "triton", "cuda") for p in parameters if isinstance(p, str))
             or "compile" in item.originalname
         )
@@ -79,46 +67,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if depends(item)]
 
 
-def dtype_id(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def device_of(backend: str) -> str:
-    on_cpu = {"triton": INTERPRETED, "cuda": ON_HOST}
-    return "cpu" if on_cpu.get(backend, True) else "cuda"
-
-
-def takes_fp64(backend: str) -> bool:
-    return backend not in ("triton", "cuda")
-
-
-def tokens(backend: str, n: int) -> int:
-    """Fewer tokens where an interpreter takes 10 ms for each; widths and K stay as they are."""
-    return min(n, 9) if backend == "triton" and INTERPRETED else n
-
-
-def latents(backend: str, f: int) -> int:
-    """The same for kernels with a program per latent."""
-    return min(f, 37) if backend == "triton" and INTERPRETED else f
-
-
 def _use(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
-    op = request.module.__name__.rpartition("test_")[2]
-    if op in _dispatch.OPS:
-        why = cuda_host.load() if name == "cuda" and ON_HOST else None
-        why = why or _dispatch._missing(op, name, device_of(name), torch.float32)
-        if why is None and device_of(name) == "cuda" and not torch.cuda.is_available():
-            why = "no GPU"
-        if why is not None:
-            pytest.skip(f"{name}: {why}")
+    why = cuda_host.load() if name == "cuda" and ON_HOST else None
+    why = why or _dispatch._missing(request.module.OP, name, device_of(name), torch.float32)
+    if why is None and device_of(name) == "cuda" and not torch.cuda.is_available():
+        why = "no GPU"
+    if why is not None:
+        pytest.skip(f"{name}: {why}")
     with fastsae.use_backend(name):
         yield name
 
 
 @pytest.fixture(params=_dispatch.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend in turn; one that this machine cannot run is skipped with its reason."""
+    """Every backend of the module's OP in turn; one that cannot run here is skipped."""
     yield from _use(request)
 
 
@@ -142,35 +105,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
-
-
-def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    if truth.numel() == 0:
-        return 0.0
-    return float((value.double().cpu() - truth.double().cpu()).abs().max())
-
-
-def assert_close(
-    got: torch.Tensor,
-    truth: torch.Tensor,
-    plain: torch.Tensor,
-    dtype: torch.dtype,
-    scale: float = 1,
-) -> None:
-    """err(got) <= 2 * err(plain low-precision version) + atol * scale, both against fp64."""
-    assert got.shape == truth.shape
-    assert got.dtype == dtype
-    bound = 2 * max_error(plain, truth) + ATOL[dtype] * scale
-    error = max_error(got, truth)
-    assert not math.isnan(error) and error <= bound, f"error {error:.3g} over {bound:.3g}"
 
 
 @pytest.fixture(autouse=True)

@@ -32,10 +32,10 @@ CACHE = Path(
 NOT_POSSIBLE = 3
 # Every C++ kernel; an emulated test takes some twenty times as long as one on silicon.
 TESTS = [
-    "test_topk_encode_cpu", "test_topk", "test_topk_encode", "test_topk_member",
-    "test_sparse_decode", "test_sparse_grad_values", "test_sparse_grad_weight",
-    "test_sparse_adam_step", "test_steer", "test_moments", "test_cpu_backward_kernels",
-    "test_fused_adam",
+    "cpu/test_topk_encode", "ops/test_topk", "ops/test_topk_encode", "ops/test_topk_member",
+    "ops/test_sparse_decode", "ops/test_sparse_grad_values", "ops/test_sparse_grad_weight",
+    "ops/test_sparse_adam_step", "ops/test_steer", "ops/test_moments",
+    "cpu/test_backward_kernels", "train/test_fused_adam",
 ]  # fmt: skip
 
 # The oldest torch that fastsae takes; its aarch64 wheel is without CUDA.

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ["2.10.0", "2.14.1"]  # the oldest that is supported, the newest that was tried
 ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastsae/release_check"
 LIBRARY = "fastsae/_cpu.abi3.so"
-COMPILE_TESTS = ("tests/test_triton_compile.py", "tests/test_cuda_compile.py")
+COMPILE_TESTS = ("tests/triton/test_compile.py", "tests/cuda/test_compile.py")
 # The kernels must be there: without them the tests would skip what is to be checked.
 USE = """
 import torch, fastsae

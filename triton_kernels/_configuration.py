@@ -1,6 +1,6 @@
 """What a kernel module declares about its launches, so that tests compile each one offline.
 
-Every module with kernels defines `configurations()`; `tests/test_triton_compile.py` compiles what
+Every module with kernels defines `configurations()`; `tests/triton/test_compile.py` compiles what
 it returns for every architecture, and fails when a kernel that the module launches is left out.
 """
 

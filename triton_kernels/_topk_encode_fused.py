@@ -70,7 +70,7 @@ class FusedConfig:
         return self.records * 36 + 4 * _APART.value + BestKeys.bytes_per_row(k) + 4
 
 
-# The first row whose device and Triton fit. Compiled by tests/triton_offline.py under each version.
+# The first row whose device and Triton fit. triton_offline.py compiles them under each version.
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 CONFIGS = (
     # capability from, Triton before, tile

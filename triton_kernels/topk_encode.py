@@ -232,7 +232,7 @@ def runs(design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> bool:
 
 
 def _has_hopper(device: str) -> bool:
-    """Whether the CUDA library is loaded; tests build the same for the CPU (tests/cuda_host.py)."""
+    """Whether the CUDA library is loaded; tests build it for the CPU (support/cuda_host.py)."""
     op = "fastsae::topk_encode_record_cuda"
     return device in ("cuda", "cpu") and bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())

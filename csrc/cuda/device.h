@@ -2,7 +2,7 @@
 // checks.
 //
 // All shared memory is dynamic, so that a kernel's layout is one struct. With FASTSAE_ON_HOST the
-// same files compile as C++ against tests/cuda_on_host.h and run on the CPU; they register for CPU
+// same files compile as C++ against tests/support/cuda_on_host.h and run on the CPU; they register for CPU
 // tensors then.
 #pragma once
 

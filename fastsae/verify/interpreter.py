@@ -4,7 +4,7 @@ in it quick: for tests and `fastsae verify`.
 The interpreter of Triton 3.8 keeps bf16 as raw uint16 and computes on those bits: sums, products,
 comparisons (so sort and topk too), reductions, scans and `tl.dot` come out wrong without an error,
 casts truncate, and a bf16 constant cannot be made. Here every such operation runs in fp32 and is
-rounded to nearest even, as a GPU does. `tests/test_triton_interpreter.py` holds each against torch.
+rounded to nearest even, as a GPU does. `tests/triton/test_interpreter.py` holds each against torch.
 
 `tl.dot` there is a product of the machine's BLAS, which sums equal rows differently by where they
 lie. Here every element is one sum in the order of k, as an element of a tensor core's result is one

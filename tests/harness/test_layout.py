@@ -1,0 +1,171 @@
+"""One stem per op in every folder: no op without a reference, test and benchmark, no orphans."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsae import _dispatch, _library, ops, reference
+
+ROOT = Path(__file__).parents[2]
+# the row-sparse result of sparse_grad_weight is an op of its own in the same files
+STEMS = sorted({op.removesuffix("_rows") for op in _dispatch.OPS})
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_its_files(stem):
+    for pattern in (
+        "fastsae/ops/{}.py",
+        "fastsae/reference/{}.py",
+        "csrc/cpu/{}.cpp",
+        "tests/ops/test_{}.py",
+        "benchmarks/bench_{}.py",
+    ):
+        assert (ROOT / pattern.format(stem)).is_file(), pattern.format(stem)
+    assert callable(getattr(ops, stem)) and callable(getattr(reference, stem))
+
+
+def test_every_op_has_a_triton_kernel():
+    assert not {stem for stem in STEMS if not (ROOT / f"triton_kernels/{stem}.py").is_file()}
+
+
+@pytest.mark.parametrize(
+    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*.py")]
+)
+def test_no_kernel_file_is_an_orphan(folder, pattern):
+    orphans = [p.name for p in (ROOT / folder).glob(pattern) if p.stem not in STEMS]
+    assert not orphans
+
+
+def test_every_kernel_file_registers_its_op():
+    for folder, pattern in (("cpu", "*.cpp"), ("cuda", "*.cu")):
+        for path in (ROOT / "csrc" / folder).glob(pattern):
+            call = rf'm\.impl\(\s*"{path.stem}(_record)?_{folder}"'
+            assert re.search(call, path.read_text()), path.name
+
+
+def test_private_and_public_schemas_cover_the_same_ops():
+    public = {op.removesuffix("_") for op in _library.PUBLIC_SCHEMAS}  # steer_ is steer in place
+    assert public == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
+
+
+# Imports only go down this list; what stands in one row does not import one another.
+FLOORS = (
+    {"__main__"},
+    {"cli"},
+    {"quickstart", "serve", "bench"},
+    {"steer"},
+    {"features"},
+    {"train"},
+    {"lm"},
+    {"nn"},
+    {"optim"},
+    {"verify"},
+    {"ops"},
+    {"info"},
+    {"_dispatch"},
+    {"reference", "triton_kernels", "_verified", "_isolated"},
+    {"_library", "_files", "_config", "_errors", "_memory", "_capture"},
+    {"_steer_codes", "_version", "_warnings"},
+)
+# Laws of their own: what a part may not know, although it lies below.
+UNKNOWN = {
+    "steer": {"train"},
+    "features": {"train"},
+    "serve": {"train", "features", "quickstart"},
+    "lm": {"train"},
+    "nn": {"lm"},
+}
+
+
+def imported():
+    """(file, its part, the part it imports), relative imports of the package."""
+    for path in sorted((ROOT / "fastsae").rglob("*.py")):
+        parts = path.relative_to(ROOT / "fastsae").with_suffix("").parts
+        if parts[0] in ("triton_kernels", "__init__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                inside = parts[: len(parts) - node.level]
+                full = [*inside, *(node.module or "").split(".")] if node.module else [*inside]
+                for name in [full[0]] if full else [a.name for a in node.names]:
+                    if name != parts[0]:
+                        yield "/".join(parts), parts[0], name
+
+
+def test_imports_go_down():
+    floor = {part: i for i, parts in enumerate(FLOORS) for part in parts}
+    # a check in a process of its own, looked up when one is due
+    found = [(f, a, b) for f, a, b in imported() if (a, b) != ("_dispatch", "verify")]
+    assert len(found) > 100
+    wrong = [f"{f} imports {b}" for f, a, b in found if floor[a] >= floor[b]]
+    wrong += [f"{f} imports {b}" for f, a, b in found if b in UNKNOWN.get(a, ())]
+    wrong += [f for f, _, b in found if b == "quickstart" and f != "cli/quickstart"]
+    assert not wrong
+
+
+def test_training_knows_no_architecture():
+    for path in (ROOT / "fastsae" / "train").glob("*.py"):
+        assert path.name == "plain.py" or "TopK" not in path.read_text(), path.name
+
+
+def test_every_architecture_has_a_file_of_its_own():
+    from fastsae.nn import ARCHITECTURES
+
+    files = {kind.__module__: kind for kind in ARCHITECTURES.values()}
+    assert len(files) == len(ARCHITECTURES)
+    for tag, kind in ARCHITECTURES.items():
+        assert kind.config_class.architecture == tag
+        assert (
+            len((ROOT / (kind.__module__.replace(".", "/") + ".py")).read_text().splitlines()) < 300
+        )
+
+
+@pytest.mark.parametrize("op", _library.PUBLIC_SCHEMAS)
+def test_arguments_are_those_of_the_schema(op):
+    """Each op's arguments are stated once in Python: names, order, defaults and kinds."""
+    module = importlib.import_module(f"fastsae.ops.{op.removesuffix('_rows').removesuffix('_')}")
+    found = []
+    for name, kind in module.Arguments.__annotations__.items():
+        default = module.Arguments._field_defaults.get(name, "none given")
+        found.append((name, str(getattr(kind, "__forward_arg__", kind)), default))
+    wanted = []
+    for a in getattr(torch.ops.fastsae, op).default._schema.arguments:
+        kind = str(a.type).replace("Tensor", "torch.Tensor").replace("SymInt", "int")
+        kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
+        wanted.append((a.name, kind, a.default_value if a.has_default_value() else "none given"))
+    assert found == wanted
+
+
+def test_triton_kernels_refuses_the_top_level_name():
+    """Another, widely used package owns the import name `triton_kernels`."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import triton_kernels"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0 and "ImportError" in run.stderr
+    assert "fastsae.triton_kernels" in run.stderr
+
+
+OPTIONAL = (
+    "fastapi", "httpx", "hypothesis", "jinja2", "matplotlib", "openai", "rich", "tokenizers",
+    "tqdm", "transformers", "triton", "typer", "uvicorn", "websockets", "xdist",
+)  # fmt: skip
+
+
+def test_the_tests_load_without_any_optional_package():
+    """An installation has torch, NumPy, safetensors and pytest; what needs more skips."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import pytest; "
+    code += "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only']))"
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr
+    assert "could not import 'transformers'" in run.stdout
