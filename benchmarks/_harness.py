@@ -1,5 +1,8 @@
 """What every benchmark shares: verify, then time interleaved, then print and keep rows.
 
+An op's inputs, its floor and its check are those of `fastsae bench` (fastsae/bench/cases.py);
+bench_<op>.py adds peers to them, and rows of its own.
+
 A round runs every contender once (A B C A B C ...), so that a disturbance of the machine hits all
 of them; a reported ratio is the median over the rounds of the ratio within a round (the ratio of
 the medians where too few rounds are shared). Rows live in results/<device>/<name>.json,
@@ -14,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # without a GPU its Triton import fails
 
+from fastsae.bench.cases import CASES, Inputs, Size  # noqa: E402
 from fastsae.bench.inputs import (  # noqa: E402, F401
     CACHE_BYTES,
     normal,
@@ -208,3 +212,42 @@ def finish(
     print_table(title, rows)
     if not args.no_keep:
         keep(name, [r for r in rows if args.only is None or re.search(args.only, r["contender"])])
+
+
+# ---- the benchmark of an op -------------------------------------------------------------------
+
+Make = Callable[[Size, Inputs], list[Contender]]
+
+
+def own(op: str, size: Size, given: Inputs) -> Contender:
+    """The op's own case."""
+    case = CASES[op](size, given)
+    return Contender("fastsae", case.run, case.check)
+
+
+def units(given: Inputs, every: int = 10) -> list[Contender]:
+    """The products that ratios are to, in every so many rounds."""
+    result = products(given.x, given.w)
+    for c in result:
+        c.every = every
+    return result
+
+
+def bench(op: str, make: Make, args: argparse.Namespace, **labels: Any) -> None:
+    """Every shape, K and dtype that was asked for: a table each."""
+    for n, d, f in args.shapes:
+        for k in args.k:
+            for dtype in args.dtype:
+                size = Size(n, d, f, k, getattr(torch, dtype))
+                every = chosen(make(size, Inputs(size, every_row=True)), args.only)
+                results = measure(every, rounds=args.rounds, seconds=args.seconds)
+                rows = rows_of(results, op=op, shape=(n, d, f), k=k, dtype=dtype, **labels)
+                finish(op, f"{op} {size} {dtype}", rows, args)
+
+
+def at_a_small_size(benchmark: Any, op: str, dtype: torch.dtype, **sizes: int) -> None:
+    """The op's case by pytest-benchmark."""
+    size = Size(**{"n": 256, "d": 64, "f": 1024, "k": 16, **sizes}, dtype=dtype)
+    case = CASES[op](size, Inputs(size))
+    case.check(case.run(0))
+    benchmark(case.run, 0)

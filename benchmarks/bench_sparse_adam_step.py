@@ -20,24 +20,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _harness as h
+from _harness import Inputs, Size
 from bench_sparse_grad_weight import index_add
 
 import fastsae
 from fastsae.bench import checks
+from fastsae.bench.cases import LR, turn
 
 NAME = "sparse_adam_step"
 WHOLE = "fastsae, whole backward with Adam"
-LR = 1e-4
 
 
-def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[h.Contender]:
-    n, d, f = shape
-    xs = [h.normal(n, d, seed=10 + s, dtype=dtype) for s in range(2)]
-    grads = [h.normal(n, d, seed=20 + s, dtype=dtype) * 1e-3 for s in range(2)]
-    sets = [h.random_pairs(n, k, f, seed=s, dtype=dtype) for s in range(2)]
+def contenders(size: Size, given: Inputs) -> list[h.Contender]:
+    d, f, dtype = size.d, size.f, size.dtype
+    xs, sets, start = given.x, given.pairs, given.w[0]
+    grads = [x * 1e-3 for x in xs]
     long_sets = [(v, i.long()) for v, i in sets]
-    start = h.unit_rows(f, d, seed=1, dtype=dtype)
-    check = checks.adam(fastsae.ops.sparse_adam_step, start, *sets[0], grads[0], LR)
+    check = h.own(NAME, size, given).check
 
     def with_state(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return h.unit_rows(f, d, seed=seed, dtype=dtype), torch.zeros(f, d), torch.zeros(f, d)
@@ -49,7 +48,7 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
         def run(i: int) -> None:
             count[0] += 1
             fastsae.ops.sparse_adam_step(
-                *dec, *sets[i % 2], grads[i % 2],
+                *dec, *turn(sets, i), turn(grads, i),
                 lr=LR, step=count[0], lazy=lazy, unit_norm=unit_norm,
             )  # fmt: skip
 
@@ -62,8 +61,8 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
         def run(i: int) -> None:
             count[0] += 1
             fastsae.ops.sparse_adam_step(
-                dec[0], *kept[:2], *sets[i % 2], grads[i % 2], lr=LR, step=count[0], unit_norm=True,
-                exp_avg_scale=kept[2], exp_avg_sq_scale=kept[3],
+                dec[0], *kept[:2], *turn(sets, i), turn(grads, i), lr=LR, step=count[0],
+                unit_norm=True, exp_avg_scale=kept[2], exp_avg_sq_scale=kept[3],
             )  # fmt: skip
 
         name = f"fastsae, unit norm, {fmt.replace('8bit', '8-bit')} moments"
@@ -71,11 +70,11 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
         return h.Contender(name, run, verify)
 
     def whole(i: int) -> None:
-        values, indices = sets[i % 2]
-        dv = fastsae.ops.sparse_grad_values(grads[i % 2], indices, dec[0])
+        values, indices = turn(sets, i)
+        dv = fastsae.ops.sparse_grad_values(turn(grads, i), indices, dec[0])
         own(unit_norm=True)(i)
         fastsae.ops.sparse_adam_step(
-            *enc, dv * (values > 0), indices, xs[i % 2], lr=LR, step=count[0]
+            *enc, dv * (values > 0), indices, turn(xs, i), lr=LR, step=count[0]
         )
 
     # torch's optimizer works on the same parameter and moments (fp32 only), so they fit in memory
@@ -92,17 +91,14 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
         }
 
         def run(i: int) -> None:
-            p.grad = index_add(*long_sets[i % 2], grads[i % 2], f) if formed else dense_grad
+            p.grad = index_add(*turn(long_sets, i), turn(grads, i), f) if formed else dense_grad
             optimizer.step()
             p.grad = None
 
         return run
 
-    units = h.products(xs, [enc[0]])
-    for c in units:
-        c.every = 5
     return [
-        *units,
+        *h.units(given, every=5),
         h.Contender("fastsae", own(), check),
         h.Contender("fastsae, unit norm", own(unit_norm=True), check),
         few("bf16"),
@@ -116,33 +112,12 @@ def contenders(shape: tuple[int, int, int], k: int, dtype: torch.dtype) -> list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = h.parse(h.arguments(__doc__, rounds=41, seconds=50.0), argv)
-    for shape in args.shapes:
-        for k in args.k:
-            for dtype in args.dtype:
-                every = contenders(shape, k, getattr(torch, dtype))
-                results = h.measure(
-                    h.chosen(every, args.only), rounds=args.rounds, seconds=args.seconds
-                )
-                rows = h.rows_of(results, op=NAME, shape=shape, k=k, dtype=dtype)
-                title = f"sparse_adam_step N={shape[0]} D={shape[1]} F={shape[2]} K={k} {dtype}"
-                h.finish(NAME, title, rows, args)
+    h.bench(NAME, contenders, h.parse(h.arguments(__doc__, rounds=41, seconds=50.0), argv))
 
 
-@pytest.mark.parametrize("lazy", [False, True], ids=["dense", "lazy"])
-def test_sparse_adam_step(benchmark: Any, lazy: bool) -> None:
-    param = h.unit_rows(1024, 64, seed=1)
-    values, indices = h.random_pairs(256, 16, 1024, seed=0)
-    rows = h.normal(256, 64, seed=2)
-    checks.adam(fastsae.ops.sparse_adam_step, param, values, indices, rows, LR)(None)
-    state = torch.zeros(2, 1024, 64)
-
-    def run() -> None:
-        fastsae.ops.sparse_adam_step(
-            param, state[0], state[1], values, indices, rows, lr=LR, step=1, lazy=lazy
-        )
-
-    benchmark(run)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparse_adam_step(benchmark: Any, dtype: torch.dtype) -> None:
+    h.at_a_small_size(benchmark, NAME, dtype)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _harness as h
 import _peers as peers
+from _harness import Inputs, Size
 
 import fastsae
 from fastsae.bench import checks
+from fastsae.bench.cases import turn
 
 NAME = "topk_encode"
 PLAIN = "fastsae, plain fp32 (avx512)"
@@ -35,16 +38,8 @@ def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, k: int) -> A
     return values, indices
 
 
-def own_contenders(
-    xs: Sequence[torch.Tensor],
-    ws: Sequence[torch.Tensor],
-    b: torch.Tensor | None,
-    k: int,
-    check: Callable[[Any], str],
-) -> list[h.Contender]:
-    def run(i: int) -> Any:
-        return fastsae.ops.topk_encode(xs[i % len(xs)], ws[i % len(ws)], b, k)
-
+def own_contenders(run: Callable[[int], Any], check: Callable[[Any], str]) -> list[h.Contender]:
+    """fastsae at the level that it takes, without its bf16 filter, and as on most laptops."""
     result = [h.Contender("fastsae", run, check)]
     found = h.levels()
     if "avx512_bf16" in found:
@@ -54,22 +49,15 @@ def own_contenders(
     return result
 
 
-def contenders(
-    shape: tuple[int, int, int], k: int, dtype: torch.dtype, with_peers: bool = True
-) -> list[h.Contender]:
-    n, d, f = shape
-    xs = [h.normal(n, d, seed=s, dtype=dtype) for s in range(4)]
-    copies = 1 if f * d * 4 > h.CACHE_BYTES / 3 else 2
-    ws = [h.unit_rows(f, d, seed=100 + s, dtype=dtype) for s in range(copies)]
-    b = h.normal(f, seed=7).mul_(0.01).to(dtype)
-    check = checks.selection(xs[0], ws[0], b, k)
+def contenders(size: Size, given: Inputs, with_peers: bool = True) -> list[h.Contender]:
+    own = h.own(NAME, size, given)
+    xs, ws, b, k, check = given.x, given.w, given.b, size.k, own.check
 
     def run_eager(i: int) -> Any:
-        return eager(xs[i % len(xs)], ws[i % len(ws)], b, k)
+        return eager(turn(xs, i), turn(ws, i), b, k)
 
-    result = h.products(xs, ws)
-    result += own_contenders(xs, ws, b, k, check)
-    if dtype != torch.float32:
+    result = [*h.products(xs, ws), *own_contenders(own.run, check)]
+    if size.dtype != torch.float32:
         # eager low precision rounds every score, so its selection is its own: not held to fp64
         result.append(h.Contender("eager torch, default", run_eager, loose(check)))
         return result
@@ -106,7 +94,7 @@ def lazy(
         if not built:
             built.append(make(w, b, k))
         with torch.no_grad():
-            return built[0](xs[i % len(xs)])
+            return built[0](turn(xs, i))
 
     return run
 
@@ -120,10 +108,12 @@ def real_contenders(f: int, k: int, cache: Path) -> tuple[list[h.Contender], tup
     check = checks.selection(xs[0], w, b, k)
 
     def run_eager(i: int) -> Any:
-        return eager(xs[i % len(xs)], w, b, k)
+        return eager(turn(xs, i), w, b, k)
 
-    result = h.products(xs, [w])
-    result += own_contenders(xs, [w], b, k, check)
+    def run(i: int) -> Any:
+        return fastsae.ops.topk_encode(turn(xs, i), w, b, k)
+
+    result = [*h.products(xs, [w]), *own_contenders(run, check)]
     for library, label in (("default", "default"), ("onednn", "oneDNN")):
         result.append(h.Contender(f"eager torch, {label}", run_eager, check, library))
     return result, (n, w.shape[1], f)
@@ -155,23 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             h.finish(NAME, f"topk_encode, MiniLM layer 3, F={f}, K={args.k[0]}", rows, args)
             print("ratio to the plain path:", {r["contender"]: r.get("of_plain") for r in rows})
         return
-    for shape in args.shapes:
-        for k in args.k:
-            for dtype in args.dtype:
-                every = contenders(shape, k, getattr(torch, dtype), not args.no_peers)
-                results = h.measure(
-                    h.chosen(every, args.only), rounds=args.rounds, seconds=args.seconds
-                )
-                rows = h.rows_of(results, op=NAME, shape=shape, k=k, dtype=dtype)
-                title = f"topk_encode N={shape[0]} D={shape[1]} F={shape[2]} K={k} {dtype}"
-                h.finish(NAME, title, rows, args)
+    h.bench(NAME, partial(contenders, with_peers=not args.no_peers), args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_topk_encode(benchmark: Any, dtype: torch.dtype) -> None:
-    x, w = h.normal(256, 64, seed=0, dtype=dtype), h.unit_rows(1024, 64, seed=1, dtype=dtype)
-    checks.selection(x, w, None, 16)(fastsae.ops.topk_encode(x, w, None, 16))
-    benchmark(fastsae.ops.topk_encode, x, w, None, 16)
+    h.at_a_small_size(benchmark, NAME, dtype)
 
 
 if __name__ == "__main__":
