@@ -50,7 +50,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # What another instruction set cannot change: GPU kernels, compilers, applications.
 NOT_CPU_KERNELS = re.compile(
-    "test_(triton_|cuda_|serve|quickstart|compare|cli_|sweep|embedded_model|vectors|stdlib_text|bench|"
+    "test_(triton_|cuda_|serve|quickstart|compare|cli_|sweep|embedded_model|docs|examples|vectors|stdlib_text|bench|"
     "gpu_suite|layout|topk_encode_(triton|fused|fp8|hopper))"
 )
 
