@@ -1,4 +1,4 @@
-"""Small random-weight models of the families that steering is tested on."""
+"""Small random-weight models of the families that steering is tested on, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -44,3 +44,12 @@ def tiny(family: str) -> torch.nn.Module:
             if p.dim() > 1:
                 p.mul_(6)
     return model
+
+
+class Letters:
+    """A tokenizer: a letter is a token, id 0 the BOS."""
+
+    bos_token_id: int | None = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [2 + ord(c) % (V - 2) for c in text]}
