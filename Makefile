@@ -53,7 +53,7 @@ format: $(VENV)/.lint ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/.built $(VENV)/.bench ## every benchmark with its peers, into the README (many minutes)
+bench: $(VENV)/.built $(VENV)/.bench ## every benchmark with its peers, into docs/benchmarks.md (many minutes)
 	PYTHON=$(BIN)/python benchmarks/run_all.sh $(ARGS)
 
 build: $(VENV)/.built ## environment and compiled kernels only

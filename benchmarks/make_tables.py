@@ -1,9 +1,10 @@
-"""Writes the measured tables into README.md, from the rows in benchmarks/results/cpu.
+"""Writes the measured tables into README.md and docs/benchmarks.md, from benchmarks/results/cpu.
 
     python benchmarks/make_tables.py [--check]
 
-Each table replaces what stands between `<!-- table:NAME -->` and `<!-- /table -->`. Nothing is
-measured here. `--check` only says whether the README is up to date.
+Each table replaces what stands between `<!-- table:NAME -->` and `<!-- /table -->`, and the picture
+is drawn anew when its figures changed. Nothing is measured here. `--check` writes nothing: it ends
+with 1 when something is not up to date.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import _picture
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu"
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
+PICTURE = HERE.parent / "docs" / "step-and-memory.png"
 Row = dict[str, Any]
 DEFAULT, ONEDNN = "product, default", "product, oneDNN"
 
@@ -83,6 +87,76 @@ def where(rows: Iterable[Row]) -> str:
     )
 
 
+# The README's rows: what, results, fastsae's contender and the other's, its name, and where the row
+# is not of the headline's shape in fp32.
+BF16 = {"dtype": "bfloat16"}
+HOOK = {"N": 512}
+TINY = {"op": "generate step", "N": 1, "D": 256, "F": 2048, "K": 24}
+HEADLINE: list[tuple[str, str, str, str, str, Row]] = [
+    ("training step", "training_step", "fastsae", ONEDNN, "`x @ W_enc.T` alone", {}),
+    ("", "training_step", "fastsae", "sparsify, oneDNN", "sparsify", {}),
+    ("", "training_step", "fastsae", "dictionary_learning, oneDNN", "dictionary_learning", {}),
+    ("", "training_step", "fastsae", "SAELens, oneDNN", "SAELens", {}),
+    ("", "training_step", "fastsae", "dense PyTorch, fused Adam, oneDNN",
+     "dense PyTorch, fused Adam", {}),
+    ("encode", "topk_encode", "fastsae", ONEDNN, "`x @ W_enc.T` alone", {}),
+    ("", "topk_encode", "fastsae", "eager torch, oneDNN", "product, ReLU, `torch.topk`", {}),
+    ("encode, bf16", "topk_encode", "fastsae", ONEDNN, "`x @ W_enc.T` alone, bf16", BF16),
+    ("the same without bf16 instructions", "topk_encode", "fastsae, avx2", ONEDNN,
+     "`x @ W_enc.T` alone, with them", BF16),
+    ("decode", "sparse_decode", "fastsae", "torch embedding_bag", "`embedding_bag`", {}),
+    ("Adam on W_dec, gradient formed inside", "sparse_adam_step", "fastsae, unit norm",
+     "torch Adam only, fused", "torch's fused Adam, gradient given", {}),
+    ("one latent clamped in 512 tokens", "steer", "fastsae, hook, TopK",
+     "SAELens, error term, TopK", "SAELens", HOOK),
+    ("a small model's token, clamped", "generate", "one clamp, TopK", "unsteered",
+     "unsteered", TINY),
+]  # fmt: skip
+
+
+def headline() -> str:
+    """One shape, whole steps first, losses like wins."""
+    used: list[Row] = []
+    lines = []
+    for what, name, own, other, beside, apart in HEADLINE:
+        of = {"N": 2048, "D": 768, "F": 24576, "K": 32, "dtype": "float32"} | apart
+        rows = [r for r in load(name) if all(r[k] == v for k, v in of.items())]
+        found = {r["contender"]: r for r in rows}
+        pair = [found[own], found[other]]
+        scale = 1000 if pair[0].get("unit") == "us" else 1
+        times = [number(r["ms"] / scale) for r in pair]
+        ratio = pair[1]["of_own"] / pair[0]["of_own"]
+        shown = f"**{times[0]}**" if what else ""
+        lines.append([what or " ", shown or " ", beside, times[1], number(ratio)])
+        used += pair
+    return (
+        where(used) + " Milliseconds, fp32 unless said; 2048 tokens of width 768, 24,576 latents, "
+        "32 active (the last row: D = 256, F = 2048, K = 24). × is how many times fastsae's time "
+        "the other takes in the same run: below 1 fastsae is slower. Products through oneDNN, "
+        "other libraries at their defaults.\n\n"
+        + table([" ", "**fastsae**", "beside it", "ms", "×"], lines)
+    )
+
+
+def picture() -> str:
+    """The README's picture with what it says in words, and on what it was measured."""
+    steps, memory = load("training_step"), load("memory")
+    data = _picture.figures(steps, memory)
+    latents, mb = list(data["memory_mb"]["fastsae"].items())[-1]
+    words = (
+        f"A training step takes {data['step_ms']['fastsae']} ms; sparsify's takes "
+        f"{data['times']['sparsify']} times as long, SAELens's {data['times']['SAELens']} times. "
+        f"One encode with {int(latents):,} latents takes {mb} MB."
+    )
+    r = steps[0]
+    return (
+        f"![{words}](docs/{PICTURE.name})\n\n*{r['cpu']}, {r['cores']} cores, torch {r['torch']}, "
+        f"fp32, {r['date']}. Left: 2048 tokens of width 768, 24,576 latents, 32 active; other "
+        "libraries at their defaults, products through oneDNN. Right: 2048 tokens of width "
+        f"{memory[0]['D']}.*"
+    )
+
+
 def encode() -> str:
     rows = [r for r in load("topk_encode") if r["data"] == "random"]
     if not rows:
@@ -131,6 +205,34 @@ def encode() -> str:
             lines,
         )  # fmt: skip
     return text
+
+
+def selection() -> str:
+    """`topk` of dense rows, and whether one latent is among the K."""
+    rows = load("topk")
+    lines = []
+    for g in grouped(rows).values():
+        own, read = g["fastsae"], g["read once (sum)"]
+        lines.append([
+            f"{own['N']}, {own['F']}, {own['K']}", f"**{ms(own)}**", ms(read),
+            slower(g["torch.topk"]),
+        ])  # fmt: skip
+    text = where(rows) + " Milliseconds; in brackets how many times fastsae's time it takes.\n\n"
+    text += table(["N, M, K", "**topk**", "a sum over x", "torch.topk"], lines)
+    members = load("topk_member")
+    lines = []
+    for g in grouped(members).values():
+        lines.append([
+            shape(g), f"**{ms(g['fastsae, active'])}**", slower(g["topk_encode"]),
+            slower(g["fastsae, no screen, active"]), slower(g["read once (sum)"]),
+            ms(g["fastsae, inactive"]),
+        ])  # fmt: skip
+    text += (
+        "\n\nWhether one latent is among the K of each token: one that is, and in the last column "
+        f"one that is not. {where(members)}\n\n"
+    )
+    heads = ["topk_encode", "without a screen", "a sum over W_enc", "not active"]
+    return text + table(["N, D, F, K", "**topk_member, active**", *heads], lines)
 
 
 def backward() -> str:
@@ -331,33 +433,47 @@ def steer() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "picture": picture,
+    "headline": headline,
     "encode": encode,
+    "selection": selection,
     "backward": backward,
     "step": step,
     "memory": memory,
-    "quality": quality,
     "steer": steer,
+    "quality": quality,
 }
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--check", action="store_true", help="exit 1 if README.md is not up to date")
+    p.add_argument("--check", action="store_true", help="exit 1 if something is not up to date")
     args = p.parse_args()
-    text = before = README.read_text()
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table:{name} -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-        if not pattern.search(text):
-            print(f"README.md has no markers for the table {name!r}", file=sys.stderr)
-            continue
-        body = make()
-        if body:
-            text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[3]}", text)
-    if args.check:
-        return int(text != before)
-    if text != before:
-        README.write_text(text)
-    return 0
+    stale, missing = [], set(TABLES)
+    for page in PAGES:
+        text = before = page.read_text()
+        for name, make in TABLES.items():
+            pattern = re.compile(rf"(<!-- table:{name} -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+            if pattern.search(text):
+                missing.discard(name)
+                body = make()
+                if not body:  # nothing was measured yet
+                    continue
+                text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[3]}", text)
+        if text != before:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(text)
+    data = _picture.figures(load("training_step"), load("memory"))
+    if not _picture.is_drawn(PICTURE, data):
+        stale.append(PICTURE.name)
+        if not args.check:
+            _picture.draw(PICTURE, data)
+    if missing:
+        print(f"no page has markers for: {', '.join(sorted(missing))}", file=sys.stderr)
+    if stale:
+        print(("not up to date: " if args.check else "written: ") + ", ".join(stale))
+    return int(bool(missing) or (args.check and bool(stale)))
 
 
 if __name__ == "__main__":

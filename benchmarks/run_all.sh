@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures every table of the README, in short pieces, then writes them into it.
+# Measures every table of docs/benchmarks.md and the README, in short pieces, then writes them there.
 #
 #   benchmarks/run_all.sh [PIECE ...]     pieces: encode real topk backward step peers memory steer (default: all)
 #

@@ -184,7 +184,7 @@ class Preference:
 
 # Exact designs, the best first: the first that can run, is trusted and has the shape takes a call.
 # Never by the number of tokens: designs differ in a score's bits, and a token's result must not
-# depend on its neighbours. Predictions, unverified on a GPU (benchmarks/NOTES.md).
+# depend on its neighbours. Predictions, unverified on a GPU (benchmarks/notes/topk_encode.md).
 PREFERENCES = (
     # 1.07 to 1.24 of the library's product; a fault in it could hang, so it must have been checked
     Preference("hopper", named=True),

@@ -1,8 +1,8 @@
 // Whether this processor's products of bf16 pairs are worth taking.
 //
 // One does the work of two fp32 multiply-adds. On Zen 4 it takes as long as one, on the Intel
-// server that was tried as long as four (benchmarks/NOTES.md), and no flag says which: so it is
-// timed, once a process, in some hundred microseconds.
+// server that was tried as long as four (benchmarks/notes/topk_encode.md), and no flag says which:
+// so it is timed, once a process, in some hundred microseconds.
 #include <algorithm>
 #include <cstdint>
 

@@ -36,8 +36,8 @@ constexpr int64_t kChunkBytes = 4 << 20;    // packed latents of one chunk
 constexpr int64_t kBlockBytes = 384 << 10;  // packed latents that stay in L2 beside the row panels
 constexpr int64_t kRescoreBytes = 8 << 20;  // rows of W that rescoring goes over at a time
 constexpr int64_t kRowBytes = 28 << 20;     // everything that is kept per row of a super-block
-// Rows up to which streaming W beats packing it, at every level (benchmarks/NOTES.md). It also
-// serves more rows where they make too few panels for the threads to share.
+// Rows up to which streaming W beats packing it, at every level (benchmarks/notes/topk_encode.md).
+// It also serves more rows where they make too few panels for the threads to share.
 constexpr int64_t kStreamRows = 128;
 constexpr int64_t kStreamPanels = 4;    // a thread
 constexpr int64_t kFilterRows = 32;     // and 8 a thread, so that every thread has a panel

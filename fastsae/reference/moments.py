@@ -9,7 +9,8 @@ Quantization", has the blocks and the root-like codes; the codes and the roundin
   exp_avg_sq: uint8 c, the value is ``(scale * (c + 1)^2 / 256^2)^2``; scale is the largest sqrt(v).
   So sqrt(v) has steps of 0.8% at the block's largest and its smallest value is scale / 65536,
   never zero: a small v cannot turn into a division by eps (where its square is an fp32 number). An
-  element 1e5 times smaller than its block's largest learns more slowly: benchmarks/NOTES.md.
+  element 1e5 times smaller than its block's largest learns more slowly
+  (benchmarks/notes/sparse_adam_step.md).
 
 Both are rounded at random between the two neighbours so that the expected value is exact. Rounding
 to the nearest would stop v from ever decaying: beta2 = 0.999 changes it by a quarter of the

@@ -28,7 +28,7 @@ _FORMAT, _VERSION = "fastsae.Trainer", 1
 class TrainConfig:
     """What a run is, apart from its data and the coder, whose own config holds its loss.
 
-    benchmarks/NOTES.md, Quality, justifies the defaults.
+    benchmarks/notes/quality.md justifies the defaults.
     """
 
     steps: int

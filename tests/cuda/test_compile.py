@@ -82,7 +82,8 @@ def test_compiles_without_spills_for_every_architecture(reports):
 
 @pytest.mark.slow
 def test_the_product_of_topk_encode_is_what_was_counted(reports):
-    """As benchmarks/NOTES.md says: tensor cores fed from shared memory, no fence of all memory."""
+    """As benchmarks/notes/topk_encode.md says: tensor cores fed from shared memory, no fence of all
+    memory."""
     archs, outputs = reports
     if "sm_90a" not in archs:
         pytest.skip("this nvcc does not know sm_90a")

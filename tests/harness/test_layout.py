@@ -33,6 +33,15 @@ def test_every_op_has_its_files(stem):
     assert callable(getattr(ops, stem)) and callable(getattr(reference, stem))
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_notes_that_open_with_what_holds(stem):
+    title, _, heading, _, *rest = (ROOT / f"benchmarks/notes/{stem}.md").read_text().split("\n")
+    assert (title, heading) == (f"# {stem}", "## What holds now")
+    holds = rest[: rest.index("")]
+    assert len(holds) <= 5
+    assert holds[0].startswith("- CPU") and any(line.startswith("- GPU: ") for line in holds)
+
+
 def test_every_op_has_a_triton_kernel():
     assert not {stem for stem in STEMS if not (ROOT / f"triton_kernels/{stem}.py").is_file()}
 

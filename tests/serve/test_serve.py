@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -415,6 +416,13 @@ def test_completions(client, service):
         model="any", prompt="import os\n", max_tokens=20, temperature=0, extra_body={"steer": []}
     )
     assert off.choices[0].text == plain.choices[0].text
+
+
+def test_the_docs_example_runs(server, capsys):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(block.replace("8000", str(server.port)).replace("1797", "5"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_several_prompts_n_echo_and_stop(client):

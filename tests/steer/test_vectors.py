@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from common import generator, randn
-from small_models import FAMILIES, SLIDING, D, V, tiny
+from small_models import FAMILIES, SLIDING, D, Letters, V, tiny
 
 from fastsae.lm.sites import blocks_of, output_of
-from fastsae.nn import TopKSAE
 from fastsae.steer import (
     ablate_direction,
     add_vector,
@@ -24,15 +20,6 @@ from fastsae.steer import (
 )
 
 pytest.importorskip("transformers")
-
-
-class Letters:
-    """A tokenizer: a letter is a token, id 0 the BOS."""
-
-    bos_token_id: int | None = 0
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [2 + ord(c) % (V - 2) for c in text]}
 
 
 def streams(model: torch.nn.Module, **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -210,27 +197,3 @@ def test_added_vector_moves_one_set_to_the_other():
     moved = torch.cat(seen, 1)[0]
     assert moved.shape == (8, D) and not moved[:5].any()
     assert torch.allclose(moved[5:], 2 * v.expand(3, D), atol=1e-3 * float(v.abs().max()) + 1e-4)
-
-
-def test_the_readme_runs():
-    """Its steering examples, one after the other on one model."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    blocks = [b for b in blocks if "from fastsae.steer import" in b]
-    assert len(blocks) == 2
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=V, n_embd=4, n_layer=21, n_head=1, bos_token_id=0, eos_token_id=None
-    )
-    ids = tokens(3, 4)
-    names = {
-        "model": GPT2LMHeadModel(config).eval(),
-        "tokenizer": Letters(),
-        "sae": TopKSAE(4, 31165, 2),
-        "batch": {"input_ids": ids, "max_new_tokens": 2, "pad_token_id": 1},
-        "polite_texts": ["would you"],
-        "rude_texts": ["get lost"],
-    }
-    for block in blocks:
-        exec(block, names)

@@ -1,4 +1,4 @@
-"""Small random-weight models of the families that steering is tested on, and what to steer by."""
+"""Small random-weight models of the families that steering is tested on, a tokenizer, an SAE."""
 
 from __future__ import annotations
 
@@ -71,3 +71,12 @@ def prompt(B: int = 3, T: int = 6, seed: int = 0) -> torch.Tensor:
     ids = torch.randint(2, V, (B, T), generator=generator(seed))
     ids[:, 0] = 0
     return ids
+
+
+class Letters:
+    """A tokenizer: a letter is a token, id 0 the BOS."""
+
+    bos_token_id: int | None = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [2 + ord(c) % (V - 2) for c in text]}
