@@ -1,7 +1,8 @@
 """A token's result does not depend on the other tokens of the call, to the bit: GPU kernels.
 
 Without a GPU, Triton's interpreter (whose products are made the same at every place by
-tests/triton/test_interpreter.py) and the CUDA kernels on the CPU. Sizes lie around those of the tiles.
+fastsae/verify/interpreter.py) and the CUDA kernels on the CPU. Sizes lie around those of the
+tiles.
 """
 
 from __future__ import annotations
