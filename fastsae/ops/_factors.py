@@ -1,4 +1,4 @@
-"""Gradients in factored form.
+"""Gradients in factored form, and what else a parameter carries for its optimizer.
 
 The gradient of a weight row is a sum over pairs, dW[i] = sum_{n, j: indices[n, j] = i} v[n, j] *
 rows[n]. A parameter that an optimizer of `fastsae.optim` owns carries a list, and the backward pass
@@ -13,31 +13,30 @@ from typing import Any
 
 import torch
 
+from .._stamp import stamp
 from ._common import flat
 
 _ATTRIBUTE = "_fastsae_factors"
+_UNIT_NORM = "_fastsae_unit_norm"
 
 
 @dataclass
 class Factor:
-    """One backward call's contribution to a weight gradient, and the version of each tensor."""
+    """One backward call's contribution to a weight gradient, and the stamp of each tensor."""
 
     values: torch.Tensor  # [N, K]
     indices: torch.Tensor  # [N, K] int32
     rows: torch.Tensor  # [N, D]
 
     def __post_init__(self) -> None:
-        self._versions = self._now()
+        self._stamps = self._now()
 
-    def _now(self) -> tuple[int, ...]:
-        # inference tensors have no version counter
-        return tuple(
-            0 if t.is_inference() else t._version for t in (self.values, self.indices, self.rows)
-        )
+    def _now(self) -> tuple[tuple[int, int], ...]:
+        return stamp(self.values), stamp(self.indices), stamp(self.rows)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a tensor was written to after backward recorded it."""
-        if self._versions != self._now():
+        if self._stamps != self._now():
             raise RuntimeError(
                 "FusedAdam: a tensor that the gradient of a weight depends on was modified in "
                 "place between backward() and step() (often the batch's input buffer); step "
@@ -70,7 +69,21 @@ def factors(param: torch.Tensor) -> list[Factor] | None:
     return sink if isinstance(sink, _Sink) else None
 
 
-def records(param: torch.Tensor) -> bool:
+def set_unit_norm(param: torch.Tensor, value: bool = True) -> None:
+    """Marks a [F, D] parameter whose rows `FusedAdam` keeps at norm 1.
+
+    The mark is an attribute of the parameter object; `fastsae.nn` modules set it again on the
+    parameters that deepcopy, `.to` or `load_state_dict(assign=True)` create.
+    """
+    setattr(param, _UNIT_NORM, value)
+
+
+def has_unit_norm(param: torch.Tensor) -> bool:
+    """Whether `set_unit_norm` marked this parameter."""
+    return bool(getattr(param, _UNIT_NORM, False))
+
+
+def is_recorded(param: torch.Tensor) -> bool:
     """Whether this call's gradient of `param` is to be recorded, not formed.
 
     Inside torch.compile the backward is traced ahead of time and cannot append to a list: there

@@ -46,7 +46,7 @@ def sparse_decode(
     Source: the sparse decoder of Gao et al. 2024, section 2.
     """
     _common.refuse_transforms(_OP, values, W_dec, b_dec)
-    if _factors.records(W_dec):
+    if _factors.is_recorded(W_dec):
         out = torch.ops.fastsae.sparse_decode(values, indices, W_dec.detach(), b_dec)
         return _factors.record_decode(out, W_dec, values.to(W_dec.dtype), indices)
     result: torch.Tensor = torch.ops.fastsae.sparse_decode(values, indices, W_dec, b_dec)

@@ -77,7 +77,7 @@ def topk_encode(
     SAELens's `rescale_acts_by_decoder_norm`.
     """
     _common.refuse_transforms(_OP, x, W_enc, b_enc)
-    if _factors.records(W_enc):
+    if _factors.is_recorded(W_enc):
         values, indices = torch.ops.fastsae.topk_encode(
             x, W_enc.detach(), b_enc, k, activation, rank_scale, latents, filter
         )

@@ -43,12 +43,7 @@ def has_moments(state: dict[str, Any]) -> bool:
     return "exp_avg" in state or "exp_avg_8bit" in state
 
 
-def content(param: torch.Tensor) -> tuple[int, int]:
-    """Changes with what others write into the parameter or put in its place (`p.data = t`)."""
-    return param._version, param.data_ptr()
-
-
-def parts(param: torch.Tensor) -> list[Any]:
+def slices(param: torch.Tensor) -> list[Any]:
     """Some rows of a weight at a time, so that what is widened stays small; all of any other."""
     if param.dim() != 2:
         return [...]
@@ -89,7 +84,7 @@ def loaded(
     state, fmt = new_state(param, group), stored_as(param, group)
     state["step"].fill_(float(saved["step"]))
     stored = moments_of(param, group, state)
-    for at in parts(param):
+    for at in slices(param):
         part = Moments(*(None if t is None else t[at].to(param.device) for t in given))  # type: ignore[arg-type]
         if fmt != moments.format_of(part.exp_avg):
             m, v = (t.to(wide_dtype(param)) for t in moments.load(part))

@@ -11,41 +11,26 @@ import torch
 import torch.distributed as dist
 from torch.optim.adam import adam as torch_adam
 
+from .._stamp import stamp
 from ..ops import _factors
-from ..ops._factors import Factor
+from ..ops._factors import Factor, has_unit_norm
 from ..ops.sparse_adam_step import sparse_adam_step
 from ..reference import moments
 from ..reference.moments import Moments
 from ._state import (
-    content,
     has_master,
     has_moments,
     loaded,
     moments_of,
     new_master,
     new_state,
-    parts,
+    slices,
     stored_as,
     wide_dtype,
 )
 from ._sums import add_to_grad, exchange, merge
 
 _OWN_OPTIONS = {"lazy": False, "moments": "fp32", "master_weights": False, "capturable": False}
-_UNIT_NORM = "_fastsae_unit_norm"
-
-
-def set_unit_norm(param: torch.Tensor, value: bool = True) -> None:
-    """Marks a [F, D] parameter whose rows `FusedAdam` keeps at norm 1.
-
-    The mark is an attribute of the parameter object; `fastsae.nn` modules set it again on the
-    parameters that deepcopy, `.to` or `load_state_dict(assign=True)` create.
-    """
-    setattr(param, _UNIT_NORM, value)
-
-
-def has_unit_norm(param: torch.Tensor) -> bool:
-    """Whether `set_unit_norm` marked this parameter."""
-    return bool(getattr(param, _UNIT_NORM, False))
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -127,7 +112,7 @@ class FusedAdam(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.process_group = process_group
-        self._written: dict[torch.Tensor, tuple[int, int]] = {}  # `content` of masters' parameters
+        self._written: dict[torch.Tensor, tuple[int, int]] = {}  # stamps of masters' parameters
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lazy": lazy,
             "moments": moments, "master_weights": master_weights, "capturable": capturable,
@@ -278,8 +263,8 @@ class FusedAdam(torch.optim.Optimizer):
             state.pop("master", None)  # of a parameter that was in 16 bits
         elif "master" not in state:
             state["master"] = new_master(param)
-        elif self._written.get(param) != content(param):
-            for at in parts(param):
+        elif self._written.get(param) != stamp(param):
+            for at in slices(param):
                 master, now = state["master"][at], param[at]
                 master.copy_(torch.where(master.to(now.dtype) == now, master, now.float()))
         return state
@@ -314,7 +299,7 @@ class FusedAdam(torch.optim.Optimizer):
         if param._version == before:  # so that a backward through the old weight is refused
             torch.autograd.graph.increment_version(param)
         if "master" in state:
-            self._written[param] = content(param)
+            self._written[param] = stamp(param)
 
     def _ordinary(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         """Adam on `p.grad`, by torch's own implementation, in the precision of wide moments."""
@@ -334,7 +319,7 @@ class FusedAdam(torch.optim.Optimizer):
             _dense_adam(dense_list, group, unit)
         for param in params:
             if "master" in self.state[param]:
-                self._written[param] = content(param)
+                self._written[param] = stamp(param)
 
     def _ordinary_in_parts(
         self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
@@ -344,7 +329,7 @@ class FusedAdam(torch.optim.Optimizer):
         stored, fmt = moments_of(param, group, state), stored_as(param, group)
         unit = has_unit_norm(param)
         state["step"] += 1
-        for at in parts(param):
+        for at in slices(param):
             rows = torch.arange(at.start, at.stop, device=param.device)
             part = Moments(*(None if t is None else t[at] for t in stored))  # type: ignore[arg-type]
             m, v = moments.load(part)

@@ -73,6 +73,7 @@ FLOORS = (
     {"quickstart", "serve", "bench"},
     {"steer"},
     {"features"},
+    {"integrations"},
     {"train"},
     {"lm"},
     {"nn"},
@@ -82,7 +83,7 @@ FLOORS = (
     {"info"},
     {"_dispatch"},
     {"reference", "triton_kernels", "_verified", "_isolated"},
-    {"_library", "_files", "_config", "_errors", "_memory", "_capture"},
+    {"_library", "_files", "_config", "_errors", "_memory", "_capture", "_stamp"},
     {"_steer_codes", "_version", "_warnings"},
 )
 # Laws of their own: what a part may not know, although it lies below.
@@ -124,6 +125,17 @@ def test_imports_go_down():
 def test_training_knows_no_architecture():
     for path in (ROOT / "fastsae" / "train").glob("*.py"):
         assert path.name == "plain.py" or "TopK" not in path.read_text(), path.name
+
+
+def test_only_the_bridges_know_other_libraries():
+    from fastsae.integrations import PEERS
+
+    bridges = {p.stem for p in (ROOT / "fastsae/integrations").glob("*.py")} - {"__init__"}
+    assert bridges == set(PEERS.values())
+    names = re.compile(r"\b(sae_lens|sparsify|dictionary_learning)\b")
+    for path in (ROOT / "fastsae").rglob("*.py"):
+        if path.parent.name != "integrations":
+            assert not names.search(path.read_text()), path
 
 
 def test_every_architecture_has_a_file_of_its_own():
