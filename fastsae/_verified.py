@@ -53,7 +53,7 @@ def cache_dir() -> Path:
     """Where records are kept: $FASTSAE_CACHE, else the user's cache folder."""
     chosen = os.environ.get("FASTSAE_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):  # no home
         return Path(tempfile.gettempdir()) / f"fastsae-{getattr(os, 'getuid', int)()}"

@@ -46,6 +46,20 @@ def records(monkeypatch, tmp_path):
         torch.ops.fastsae._set_cpu_level(level)
 
 
+def test_where_records_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for chosen, folder in (
+        ("~/x", tmp_path / "x"),
+        ("/x", Path("/x")),
+        ("", tmp_path / ".cache/fastsae"),
+    ):
+        monkeypatch.setenv("FASTSAE_CACHE", chosen)
+        assert _verified.cache_dir() == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", "/y")
+    assert _verified.cache_dir() == Path("/y/fastsae")
+
+
 # ---- the answers ------------------------------------------------------------------------------
 
 
