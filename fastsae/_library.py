@@ -92,6 +92,11 @@ lib.define(  # a part of topk_encode: see csrc/cuda/topk_encode.cu
     "Tensor threshold, int begin, int end, Tensor(a!) scores, Tensor(b!) columns, "
     "Tensor(c!) recorded) -> ()"
 )
+lib.define(  # the address of a steered site's C++ object: see csrc/cpu/steer_site.h
+    f"_steer_site({_STEER.partition(', Tensor? mask')[0]}, int norm, float eps, Tensor? wanted, "
+    "Tensor? centre, Tensor? W_enc, Tensor? b_enc, Tensor? rank_scale, Tensor? codes, "
+    "Tensor? bounds, int k, bool positive) -> int"
+)
 lib.define("_topk_encode_bounds(Tensor x, Tensor W_enc, Tensor b_enc) -> (Tensor, Tensor, Tensor)")
 
 

@@ -1,10 +1,10 @@
 // The library as a Python module of the stable ABI, for a call that must not cost 50 us.
 //
 // An operator that runs once a token is cold each time: its arguments go through code and tables
-// that the model has pushed out of the caches. A steered site passes numbers to a function instead.
+// that the model has pushed out of the caches. A steered site is made by an operator, once, and
+// passes numbers to a function here at every token.
 #if __has_include(<Python.h>)
 #define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <exception>
@@ -23,42 +23,15 @@ T* pointer(long long address) {
 
 void drop_site(PyObject* capsule) {
   delete static_cast<SteerSite*>(PyCapsule_GetPointer(capsule, kSite));
-  Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
 }
 
-PyObject* make_site(PyObject*, PyObject* args) {
-  long long dtype, enc, dec, param, code, slots, S, O, D, B, norm;
-  long long wanted, centre, w, bias, scale, codes, bounds, F, k, positive;
-  double eps;
-  PyObject* kept;  // whatever holds the memory that is pointed into
-  if (!PyArg_ParseTuple(args, "LLLLLLLLLLLdLLLLLLLLLLO", &dtype, &enc, &dec, &param, &code, &slots,
-                        &S, &O, &D, &B, &norm, &eps, &wanted, &centre, &w, &bias, &scale, &codes,
-                        &bounds, &F, &k, &positive, &kept)) {
-    return nullptr;
-  }
-  auto* site =
-      new SteerSite{static_cast<ScalarType>(dtype),
-                    pointer<void>(enc),
-                    pointer<void>(dec),
-                    pointer<void>(param),
-                    pointer<int32_t>(code),
-                    pointer<int32_t>(slots),
-                    S,
-                    O,
-                    D,
-                    B,
-                    norm,
-                    eps,
-                    pointer<int32_t>(wanted),
-                    pointer<void>(centre),
-                    {pointer<void>(w), pointer<void>(bias), pointer<void>(scale),
-                     pointer<int8_t>(codes), pointer<float>(bounds), D, F, k, positive != 0}};
+// The site that `fastsae::_steer_site` made, freed when this object of it is, after a call that
+// still runs.
+PyObject* owned(PyObject*, PyObject* handle) {
+  auto* site = pointer<SteerSite>(PyLong_AsLongLong(handle));
+  if (PyErr_Occurred()) return nullptr;
   PyObject* capsule = PyCapsule_New(site, kSite, drop_site);
-  if (!capsule) {
-    delete site;
-  } else if (!PyCapsule_SetContext(capsule, kept)) {
-    Py_INCREF(kept);
-  }
+  if (!capsule) delete site;
   return capsule;
 }
 
@@ -92,7 +65,7 @@ PyObject* steer(PyObject*, PyObject* const* args, Py_ssize_t n) {
 }
 
 PyMethodDef methods[] = {
-    {"make_site", make_site, METH_VARARGS, nullptr},
+    {"owned", owned, METH_O, nullptr},
     {"steer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(steer)), METH_FASTCALL,
      nullptr},
     {nullptr, nullptr, 0, nullptr},

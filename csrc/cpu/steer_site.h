@@ -1,6 +1,8 @@
 // A place in a model that is steered: the tables of `steer`, and the SAE whose k best decide where
-// an entry needs that. Checked once, by Python, whose object of it keeps what is pointed into.
+// an entry needs that. `fastsae::_steer_site` makes one of tensors, which it checks and keeps.
 #pragma once
+
+#include <vector>
 
 #include "cpu/topk_member.h"
 
@@ -14,9 +16,10 @@ struct SteerSite {
   int64_t norm;
   double eps;
   // No membership: wanted is null. Else [B, O]; centre [D] (or null) is subtracted before W_enc.
-  const int32_t* wanted;
-  const void* centre;
-  MemberWeights member;
+  const int32_t* wanted = nullptr;
+  const void* centre = nullptr;
+  MemberWeights member = {};
+  std::vector<Tensor> kept = {};  // hold the memory that is pointed into
 };
 
 // out [tokens, D] = x steered. False, with nothing done, for so many tokens that membership is

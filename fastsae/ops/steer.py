@@ -12,12 +12,10 @@ from .._steer_codes import NORMS
 from ..reference._common import acc_dtype
 from ..reference.steer import edits
 from . import _common
-from .topk_member import Prepared as PreparedMember
+from .topk_member import Selection
 
 _OP = "steer"
 _PARAMS, _CODES = 6, 3
-# torch's numbers of the dtypes
-_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
 def steer(
@@ -114,15 +112,20 @@ def steer_(
     return x
 
 
-class Prepared:
-    """`steer` with tables that are checked once, for a hook that runs at every token of a model.
+class Site:
+    """The tables of `steer`, membership included, for a hook that runs at every token of a model:
+    one C++ call where that can be (plain eager CPU tensors), else None, and `steer` is due.
 
     Between two tokens the model's weights go through the caches, so what a call touches is cold: a
     check of 2 us in a loop is one of 20 us there, and passing nine tensors to an operator takes 40.
-    The tables may be rewritten in place.
+    So an operator checks the tables once and makes an object of them, which is freed with this one.
+
+    Tables and lists may be written to in place. The object keeps aliases of them: after
+    `.data = ...` or `Module.to` it reads the memory that was there before, until another site is
+    made. Memory that `share_memory_` moves is followed.
 
     Args:
-        enc, dec, param, code, slots, norm, eps: as in `steer`.
+        enc, dec, param, code, slots, norm, eps: as in `steer`, contiguous, without gradients.
         selection: the weights whose k best decide about MEMBER entries.
         wanted: [B, O] int32: the latents of each sequence's entries, -1 where membership does not
             matter. Read at every call.
@@ -138,62 +141,50 @@ class Prepared:
         slots: torch.Tensor,
         norm: str = "none",
         eps: float = 1e-5,
-        selection: PreparedMember | None = None,
+        selection: Selection | None = None,
         wanted: torch.Tensor | None = None,
         centre: torch.Tensor | None = None,
     ) -> None:
         tables = (enc, dec, param, code, slots)
         _check(Arguments(enc.new_empty(len(slots), 0, enc.shape[-1]), *tables, norm=norm))
         if not all(t.is_contiguous() and not t.requires_grad for t in tables):
-            raise ValueError(f"{_OP}: prepared tables must be contiguous and need no gradient")
+            raise ValueError(f"{_OP}: a site's tables must be contiguous and need no gradient")
         self._tables, self._norm, self._eps = tables, norm, eps
-        self._code = NORMS.index(norm)
         self._dtype, self._device = enc.dtype, enc.get_device()
         self._sequences, self._width = len(slots), enc.shape[2]
         self.selection, self._wanted, self._centre = selection, wanted, centre
-        self._choose()
+        self._make()
 
-    def _choose(self) -> None:
+    def _make(self) -> None:
         self._backend = _dispatch.forced()
-        self._kernel = _dispatch.select(_OP, self._tables[0])
-        self._site = self._made_site()
+        self._site = self._made()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process and to these tensors' addresses."""
-        own = ("_kernel", "_site", "_backend", "_movable", "_addresses")
+        own = ("_site", "_backend", "_movable", "_addresses")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._choose()
+        self._make()
 
-    def _made_site(self) -> Any:
-        """What the C++ library keeps of all this; None where it cannot serve."""
-        functions, selection = _library.CPU_FUNCTIONS, self.selection
+    def _made(self) -> Any:
+        """The C++ object; None where `steer` and `topk_member` are to serve."""
+        functions, selection, wanted = _library.CPU_FUNCTIONS, self.selection, self._wanted
         enc, *_, slots = self._tables
-        if self._centre is not None:
-            self._centre = self._centre.detach().contiguous()
-        ops, tensors, numbers = [_OP], (*self._tables, *[None] * 7), (0, 0, 0)
+        ops: list[str] = [_OP]
+        tensors: list[torch.Tensor | None] = [*self._tables, *[None] * 7]
+        k, positive = 1, False
         if selection is not None:
-            W_enc, *_ = weights = selection.weights
-            wanted, centre = self._wanted, self._centre
-            fits = (
-                self._norm == "none"
-                and W_enc.dtype == enc.dtype
-                and W_enc.shape[1] == enc.shape[2]
-                and wanted is not None
-                and wanted.shape == (len(slots), enc.shape[1])
-                and wanted.dtype == torch.int32
-                and wanted.is_contiguous()
-                and (centre is None or centre.dtype == enc.dtype)
-                and (centre is None or centre.shape == enc.shape[2:])
-            )
-            if not fits:
-                return None
             ops.append("topk_member")
+            centre = None if self._centre is None else self._centre.detach().contiguous()
             screen = selection.screen or (None, None)
-            tensors = (*self._tables, wanted, centre, *weights, *screen)
-            numbers = (len(W_enc), selection.k, selection.positive)
+            tensors = [*self._tables, wanted, centre, *selection.weights, *screen]
+            k, positive = selection.k, selection.positive
+            # an SAE that normalises, or of another dtype, selects by operators
+            floats = [t for t in (centre, *selection.weights) if t is not None]
+            if self._norm != "none" or any(t.dtype != enc.dtype for t in floats):
+                return None
         given = [t for t in tensors if t is not None]
         if (
             functions is None
@@ -202,23 +193,22 @@ class Prepared:
             or any(_dispatch.backend_of(op, enc) != "cpu" for op in ops)
         ):
             return None
-        # The site keeps aliases, whose memory no `.data = ...` takes away. share_memory_ moves that
-        # of all tables or of the whole SAE at once: two addresses tell.
-        kept = [t.detach() for t in given]
-        self._movable = kept[0], kept[0] if selection is None else selection.weights[0]
+        # Aliases, whose memory no `.data = ...` takes away. share_memory_ moves that of all tables
+        # or of the whole SAE at once: two addresses tell.
+        kept = [None if t is None else t.detach() for t in tensors]
+        table = enc.detach()
+        self._movable = table, table if selection is None else selection.weights[0]
         self._addresses = [t.data_ptr() for t in self._movable]
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        sizes = (*enc.shape, len(slots), self._code, self._eps)
-        return functions.make_site(
-            _SCALAR_TYPES[enc.dtype], *pointers[:5], *sizes, *pointers[5:], *numbers, kept
+        tables, members = kept[:5], kept[5:]
+        return functions.owned(
+            torch.ops.fastsae._steer_site(
+                *tables, NORMS.index(self._norm), self._eps, *members, k, positive
+            )
         )
 
-    def at_once(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
-        """x steered, membership included, in one C++ call; None where that cannot serve the call.
-
-        For plain eager CPU tensors of the tables' dtype; not for more tokens than membership is
-        best counted for.
-        """
+    def __call__(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x steered; None where that is left to `steer`: another kind of call, or so many tokens
+        that membership is better found by selecting."""
         if (
             self._site is None
             or torch._C._is_tracing()
@@ -245,37 +235,12 @@ class Prepared:
             return None
         table, weights = self._movable
         if table.data_ptr() != self._addresses[0] or weights.data_ptr() != self._addresses[1]:
-            self._site = self._made_site()
+            self._site = self._made()
         out = torch.empty_like(x)
         flags = 0 if mask is None else mask.data_ptr()
         tokens = x.numel() // self._width
         functions = _library.CPU_FUNCTIONS
         return out if functions.steer(self._site, data, flags, tokens, out.data_ptr()) else None
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        member: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        enc, dec, param, code, slots = self._tables
-        if not (
-            _common.unobserved(x)
-            and forward_ad._current_level < 0
-            and x.dtype is self._dtype
-            and x.get_device() == self._device
-            and x.is_contiguous()
-            and x.shape[0] == slots.shape[0]
-            and x.shape[-1] == enc.shape[2]
-            and x.numel()
-            and _dispatch.forced() is self._backend
-            and (mask is None or self._flags(mask, x.shape[:-1]))
-            and (member is None or self._flags(member, (*x.shape[:-1], enc.shape[1])))
-        ):
-            return steer(x, enc, dec, param, code, slots, mask, member, self._norm, self._eps)
-        out = torch.empty_like(x)
-        self._kernel(x, enc, dec, param, code, slots, mask, member, self._code, self._eps, out)
-        return out
 
     def _flags(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
         return tensor.is_contiguous() and _flags(tensor, shape, self._device)

@@ -79,11 +79,11 @@ def topk_member(
     return out
 
 
-class Prepared:
-    """`topk_member` with weights that are checked once, for a hook that runs at every token.
+class Selection:
+    """The weights of `topk_member` with their screen, for a hook that runs at every token.
 
-    See `fastsae.ops.steer.Prepared`. W_enc must not be written to (`version` is that of the weights
-    that the screen is of): that needs another one.
+    W_enc must not be written to (`version` is that of the weights that the screen is of): that
+    needs another one.
     """
 
     def __init__(
@@ -106,45 +106,16 @@ class Prepared:
         )
         self.weights = (W_enc.detach().contiguous(), b_enc, rank_scale)
         self.k, self.positive = k, positive
-        self._choose()
-
-    def _choose(self) -> None:
-        self._backend = _dispatch.forced()
-        self._kernel, self._few = _counting(self.W_enc)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process."""
-        own = ("_kernel", "_few", "_backend")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.version = version_of(self.W_enc)  # a copy counts its writes anew
-        self._choose()
 
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""
         W_enc, b_enc, rank_scale = self.weights
-        shape = x.shape
-        if not (
-            0 < x.numel() <= self._few * shape[-1]
-            and _common.unobserved(x)
-            and x.dtype is W_enc.dtype
-            and x.is_contiguous()
-            and latents.is_contiguous()
-            and latents.dtype is torch.int32
-            and shape[-1] == W_enc.shape[1]
-            and shape[:1] == latents.shape[:1]
-            and x.get_device() == latents.get_device() == W_enc.get_device()
-            and _dispatch.forced() is self._backend
-        ):
-            lists, k = spread(latents, x), self.k
-            return topk_member(x, W_enc, b_enc, lists, k, rank_scale, self.positive, self.screen)
-        codes, bounds = (None, None) if self.screen is None else self.screen
-        out: torch.Tensor = self._kernel(
-            x, W_enc, b_enc, latents, self.k, rank_scale, self.positive, codes, bounds
-        )
-        return out.view(*shape[:-1], -1) if len(shape) > 2 else out
+        lists = spread(latents, x)
+        return topk_member(x, W_enc, b_enc, lists, self.k, rank_scale, self.positive, self.screen)
 
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:

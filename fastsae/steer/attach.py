@@ -17,14 +17,15 @@ from .. import _steer_codes as codes
 from .._capture import is_capturing
 from ..lm.sites import find_site, output_of, replaced
 from ..nn import Description, SparseCoder
-from ..ops.steer import Prepared, steer
-from ..ops.topk_member import Prepared as PreparedMember
-from ..ops.topk_member import spread, topk_member, version_of
+from ..ops.steer import Site, steer
+from ..ops.topk_member import Selection, spread, topk_member, version_of
 from ..reference.steer import normalised
 from .compile import Compiler, Entry
 from .describe import describe
 from .operations import Operation, Program
 from .positions import Positions, is_bos, past_length, prompt_and_generated, token_mask
+
+Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # module -> which of its sides are attached: its inputs (True), its output (False)
 _taken: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
@@ -155,8 +156,8 @@ class Steerer:
         # may an entry ask for membership among the k, and does one now?
         self._exact = sae is not None and sae.exact_membership
         self._selects = False
-        self._member: PreparedMember | None = None
-        self._run = self._prepared()
+        self._member: Selection | None = None
+        self._fast = self._fast_site()
         self._positions = prompt_and_generated()
         self._only: torch.Tensor | None = None
         self._prompt_length: int | None = None
@@ -280,17 +281,20 @@ class Steerer:
         self._sequences = len(programs)
         self._current = self._slots[: self._sequences]
         self._asked = self._wanted[: self._sequences]  # [P, O], -1 where there is none
-        self._run = self._prepared()
+        self._fast = self._fast_site()
 
-    def _prepared(self) -> Prepared:
+    def _fast_site(self) -> Site:
         # whole tables, whatever is in force: a captured graph sees one address
-        sae, tables = self.sae, (self._enc, self._dec, self._param, self._code, self._current)
+        sae, tables = self.sae, self._tables()
         if sae is None:
-            return Prepared(*tables)
+            return Site(*tables)
         if not self._selects or sae.input_scale != 1.0:
-            return Prepared(*tables, sae.norm, sae.eps)
+            return Site(*tables, sae.norm, sae.eps)
         centre = sae.b_dec if sae.subtract_b_dec else None
-        return Prepared(*tables, sae.norm, sae.eps, self._selection(), self._asked, centre)
+        return Site(*tables, sae.norm, sae.eps, self._selection(), self._asked, centre)
+
+    def _tables(self) -> Tables:
+        return self._enc, self._dec, self._param, self._code, self._current
 
     def check(self, program: Program) -> None:
         """Raises ValueError when the program does not fit the site, its SAE or max_ops."""
@@ -451,7 +455,7 @@ class Steerer:
                 "a module inside it was called by itself"
             )
         if not torch.compiler.is_compiling() and (not self._selects or self._counts()):
-            out = self._run.at_once(x, mask)
+            out = self._fast(x, mask)
             if out is not None:
                 return out
         programs, shape, table = self._sequences, x.shape, self._enc
@@ -483,27 +487,21 @@ class Steerer:
         compiling = torch.compiler.is_compiling()
         selects = self._exact if compiling else self._selects
         member = self._members(x) if selects else None
+        tables = self._tables()
         if not compiling and torch.is_grad_enabled() and x.requires_grad:
-            return self._recorded(x, mask, member)
-        return self._run(x, mask, member)
-
-    def _recorded(
-        self, x: torch.Tensor, mask: torch.Tensor | None, member: torch.Tensor | None
-    ) -> torch.Tensor:
-        """With tables of its own: the backward pass may run when others are in force."""
-        used, entries = self._used
-        enc, dec, param, code = (
-            t[:used, :entries].clone() for t in (self._enc, self._dec, self._param, self._code)
-        )
-        member = None if member is None else member[..., :entries]
+            # their own: the backward pass may run when others are in force
+            used, entries = self._used
+            enc, dec, param, code = (t[:used, :entries].clone() for t in tables[:4])
+            tables = (enc, dec, param, code, self._current.clone())
+            member = None if member is None else member[..., :entries]
         norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
-        return steer(x, enc, dec, param, code, self._current.clone(), mask, member, norm, eps)
+        return steer(x, *tables, mask, member, norm, eps)
 
     def _counts(self) -> bool:
-        """Does `_run` know the selection? Of W_enc as it is now: it may have been written to."""
-        known = self._run.selection
+        """Does `_fast` know the selection? Of W_enc as it is now: it may have been written to."""
+        known = self._fast.selection
         if known is not None and known.version != version_of(known.W_enc):
-            self._run = self._prepared()
+            self._fast = self._fast_site()
         return known is not None
 
     def _members(self, x: torch.Tensor) -> torch.Tensor:
@@ -523,12 +521,12 @@ class Steerer:
         asked, positive = spread(self._asked, u), not sae.identity
         return topk_member(u, sae.W_enc, sae.b_enc, asked, sae.k, sae.rank_scale, positive)
 
-    def _selection(self) -> PreparedMember:
+    def _selection(self) -> Selection:
         """Membership among the k, made again when W_enc was written to."""
         sae = self.sae
         assert sae is not None and sae.k is not None
         if self._member is None or self._member.version != version_of(sae.W_enc):
-            self._member = PreparedMember(
+            self._member = Selection(
                 sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
             )
         return self._member

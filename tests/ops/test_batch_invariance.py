@@ -20,7 +20,7 @@ import fastsae
 from fastsae import _dispatch, ops
 from fastsae import _steer_codes as rules
 from fastsae.nn import TopKSAE
-from fastsae.ops.topk_member import Prepared
+from fastsae.ops.topk_member import Selection
 from fastsae.steer import add_vector, attach, clamp, scale
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -292,10 +292,10 @@ def test_steering_a_model(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_prepared_membership_of_any_batch(target, dtype):
+def test_membership_of_listed_latents_in_any_batch(target, dtype):
     W, b, _ = weights(1500, D, dtype)
     x = tokens(D, dtype)
-    member = Prepared(W, b, K)
+    member = Selection(W, b, K)
     latents = ops.topk_encode(x, W, b, K, activation="identity")[1][::37, 3:6]
     lists = latents.flatten()[None, :16].contiguous()
     check(lambda rows: member(x[rows][None], lists)[0], target.sizes[::5])

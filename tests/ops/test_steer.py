@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from common import assert_close, generator, randn
 from steer_tables import CODES, tables
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastsae
 from fastsae import _library, ops
 from fastsae import _steer_codes as rules
 from fastsae.ops._common import FLOATS
-from fastsae.ops.steer import Prepared
-from fastsae.ops.topk_member import Prepared as PreparedMember
+from fastsae.ops.steer import Site
+from fastsae.ops.topk_member import Selection
 from fastsae.reference.steer import edited, normalised
 
 OP = "steer"
@@ -194,9 +197,8 @@ def test_forward_mode_is_refused(backend):
     x = randn(2, 4, 8)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x)
-        for run in (lambda: call(dual, table, slots), lambda: Prepared(*table, slots)(dual)):
-            with pytest.raises(RuntimeError, match="forward-mode differentiation"):
-                run()
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            call(dual, table, slots)
 
 
 def test_opcheck_and_double_backward():
@@ -219,41 +221,9 @@ def test_compiles_whole(backend):
     assert torch.equal(got, want + 1)
 
 
-def test_prepared_equals_steer(backend):
-    """Same values, refusals and gradients; tables may be rewritten; a forced backend is obeyed."""
-    table, slots = tables(3, 4, 8, torch.float32), torch.tensor([2, 0]).int()
-    norm = {"norm": "layer_norm", "eps": 1e-4}
-    prepared = Prepared(*table, slots, **norm)
-    x, mask = randn(2, 5, 8, seed=1), torch.rand(2, 5, generator=generator(2)) < 0.6
-    member = torch.rand(2, 5, 4, generator=generator(3)) < 0.5
-    for args in ((), (mask,), (mask, member), (mask.mT.contiguous().mT, member)):
-        assert torch.equal(prepared(x, *args), call(x, table, slots, *args, **norm))
-    assert torch.equal(prepared(x.mT.contiguous().mT), prepared(x))
-    table[2].mul_(2)
-    assert torch.equal(prepared(x), call(x, table, slots, **norm))
-    assert prepared(x[:, :0]).shape == (2, 0, 8)
-    for bad, message in ((x[:1], "slots must be"), (randn(2, 5, 9), "with D = 8")):
-        with pytest.raises(ValueError, match=message):
-            prepared(bad)
-    with pytest.raises(ValueError, match="mask must be"):
-        prepared(x, mask[:, :4])
-    with pytest.raises(TypeError, match="x is torch.float64"):
-        prepared(x.double())
-    leaf = x.clone().requires_grad_()
-    prepared(leaf).square().sum().backward()
-    assert leaf.grad is not None and bool(leaf.grad.any())
-    called = []
-    prepared._kernel = lambda *args: called.append(args)
-    with fastsae.use_backend("reference" if backend != "reference" else "cpu"):
-        assert_close(prepared(x), *[call(x, table, slots, **norm)] * 2, x.dtype)
-    assert not called
-    with pytest.raises(ValueError, match="contiguous and need no gradient"):
-        Prepared(table[0].requires_grad_(), *table[1:], slots)
-
-
 @pytest.mark.skipif(_library.CPU_FUNCTIONS is None, reason="needs the C++ kernels and Python.h")
-class TestAtOnce:
-    """`Prepared.at_once`: the bits of the operators, or None."""
+class TestSite:
+    """The bits of the operators, or None."""
 
     B, OPS, D, F, K = 3, 4, 24, 300, 100
 
@@ -261,12 +231,12 @@ class TestAtOnce:
         table = tables(3, self.OPS, self.D, dtype)
         slots = torch.tensor([2, 0, -1]).int()
         if not members:
-            return Prepared(*table, slots), table, slots, None, None, None
+            return Site(*table, slots), table, slots, None, None, None
         w, b = randn(self.F, self.D, seed=5).to(dtype), randn(self.F, seed=6).to(dtype)
         centre = randn(self.D, seed=7).to(dtype) if b_dec else None
         wanted = torch.randint(-1, self.F, (self.B, self.OPS), generator=generator(8)).int()
-        selection = PreparedMember(w, b, self.K, scale, positive=True)
-        made = Prepared(*table, slots, "none", 1e-5, selection, wanted, centre)
+        selection = Selection(w, b, self.K, scale, positive=True)
+        made = Site(*table, slots, "none", 1e-5, selection, wanted, centre)
         return made, table, slots, selection, wanted, centre
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -279,30 +249,30 @@ class TestAtOnce:
             member = selection(x if centre is None else x - centre, wanted)
             assert member.any()
             for mask in (None, torch.rand(self.B, run, generator=generator(2)) < 0.6):
-                got = made.at_once(x, mask)
+                got = made(x, mask)
                 assert torch.equal(got, call(x, table, slots, mask, member))
                 assert not torch.equal(got, x)
 
     def test_tables_and_lists_are_read_at_every_call(self):
         made, table, slots, selection, wanted, centre = self.site()
         x = randn(self.B, 2, self.D, seed=1)
-        before = made.at_once(x)
+        before = made(x)
         table[2].mul_(2)
         wanted.copy_(wanted.roll(1, 0))
         want = call(x, table, slots, None, selection(x - centre, wanted))
-        assert torch.equal(made.at_once(x), want) and not torch.equal(want, before)
+        assert torch.equal(made(x), want) and not torch.equal(want, before)
 
     @pytest.mark.parametrize("norm", rules.NORMS)
     def test_without_membership_any_number_of_tokens(self, norm):
         made, table, slots, *_ = self.site(members=False)
-        made = Prepared(*table, slots, norm, 1e-4)
+        made = Site(*table, slots, norm, 1e-4)
         x = randn(self.B, 500, self.D, seed=1)
-        assert torch.equal(made.at_once(x), call(x, table, slots, norm=norm, eps=1e-4))
+        assert torch.equal(made(x), call(x, table, slots, norm=norm, eps=1e-4))
 
     def test_declines(self):
         made, table, slots, selection, wanted, _ = self.site()
         x = randn(self.B, 2, self.D, seed=1)
-        assert made.at_once(x) is not None
+        assert made(x) is not None
         for other in (
             x[:, :0],
             x[:2],
@@ -313,25 +283,25 @@ class TestAtOnce:
             torch._neg_view(x),
             x.to_sparse(),
         ):
-            assert made.at_once(other) is None
-        assert made.at_once(x, torch.ones(self.B, 3, dtype=torch.bool)) is None
-        assert made.at_once(x, torch.ones(self.B, 2)) is None
+            assert made(other) is None
+        assert made(x, torch.ones(self.B, 3, dtype=torch.bool)) is None
+        assert made(x, torch.ones(self.B, 2)) is None
         with fastsae.use_backend("reference"):
-            assert made.at_once(x) is None
+            assert made(x) is None
         with FakeTensorMode():
-            assert made.at_once(x) is None
+            assert made(x) is None
         with torch.no_grad():
-            assert made.at_once(x.clone().requires_grad_()) is not None
+            assert made(x.clone().requires_grad_()) is not None
         wrapped = []
-        torch.vmap(lambda t: wrapped.append(made.at_once(t)) or t)(torch.stack([x, x]))
-        torch.func.grad(lambda t: wrapped.append(made.at_once(t)) or t.sum())(x)
-        torch.func.functionalize(lambda t: wrapped.append(made.at_once(t)) or t.clone())(x)
+        torch.vmap(lambda t: wrapped.append(made(t)) or t)(torch.stack([x, x]))
+        torch.func.grad(lambda t: wrapped.append(made(t)) or t.sum())(x)
+        torch.func.functionalize(lambda t: wrapped.append(made(t)) or t.clone())(x)
         assert wrapped == [None] * 3
         with forward_ad.dual_level():
-            assert made.at_once(forward_ad.make_dual(x, x)) is None
-        torch.jit.trace(lambda t: wrapped.append(made.at_once(t)) or t, x, check_trace=False)
+            assert made(forward_ad.make_dual(x, x)) is None
+        torch.jit.trace(lambda t: wrapped.append(made(t)) or t, x, check_trace=False)
         assert wrapped[3:] == [None]
-        assert Prepared(*table, slots, "layer_norm", 1e-5, selection, wanted).at_once(x) is None
+        assert Site(*table, slots, "layer_norm", 1e-5, selection, wanted)(x) is None
 
     @pytest.mark.parametrize("moved", ["the tables", "the weights"])
     def test_shared_memory_is_other_memory(self, moved):
@@ -339,56 +309,100 @@ class TestAtOnce:
         x = randn(self.B, 2, self.D, seed=1)
         table[2][..., 1] = -torch.inf
         table[3].copy_(torch.tensor([rules.CLAMP, rules.MEMBER | rules.SIGNED, -1]))
-        before = made.at_once(x)
+        before = made(x)
         w, b, _ = selection.weights
         for t in (*table, slots, wanted) if moved == "the tables" else (w, b, centre):
             t.share_memory_()
         (table[2] if moved == "the tables" else b).mul_(-2)
         want = call(x, table, slots, None, selection(x - centre, wanted))
-        assert torch.equal(made.at_once(x), want) and not torch.equal(want, before)
+        assert torch.equal(made(x), want) and not torch.equal(want, before)
 
     def test_replaced_memory_is_kept(self):
         made, table, *_ = self.site()
         x = randn(self.B, 2, self.D, seed=1)
-        before = made.at_once(x)
+        before = made(x)
         sizes = [t.numel() * t.element_size() for t in table]
         for t in table:
             t.data = torch.zeros_like(t)
         # memory that was freed would be these tensors' now
         _ = [torch.full((n,), 77, dtype=torch.uint8) for n in sizes for _ in range(8)]
-        assert torch.equal(made.at_once(x), before)
+        assert torch.equal(made(x), before)
 
     def test_memory_of_other_kinds_is_not_pointed_into(self):
         _, table, slots, selection, wanted, centre = self.site()
         x = randn(self.B, 2, self.D, seed=1)
         for args in ((selection, wanted.to("meta")), (selection, wanted, centre.to("meta"))):
-            assert Prepared(*table, slots, "none", 1e-5, *args).at_once(x) is None
-        turned = Prepared(torch._neg_view(-table[0]), *table[1:], slots)
-        assert turned.at_once(x) is None and torch.equal(turned(x), call(x, table, slots))
+            assert Site(*table, slots, "none", 1e-5, *args)(x) is None
+        assert Site(torch._neg_view(-table[0]), *table[1:], slots)(x) is None
 
     def test_many_tokens_are_left_to_selecting(self):
         """And up to there those that all fire are counted to the end."""
         table, slots = tables(3, self.OPS, self.D, torch.float32), torch.tensor([2, 0, -1]).int()
         w, wanted = randn(3000, self.D, seed=5), torch.zeros(self.B, self.OPS).int()
-        selection = PreparedMember(w, 10 * w[:, 0].argsort().float(), 1500)
-        made = Prepared(*table, slots, "none", 1e-5, selection, wanted)
+        selection = Selection(w, 10 * w[:, 0].argsort().float(), 1500)
+        made = Site(*table, slots, "none", 1e-5, selection, wanted)
         x = randn(self.B, 43, self.D, seed=1)
-        assert made.at_once(x) is None
+        assert made(x) is None
         x = x[:, :42].contiguous()
         member = selection(x, wanted)
         assert member.any(-1).sum() > 32
-        assert torch.equal(made.at_once(x), call(x, table, slots, None, member))
+        assert torch.equal(made(x), call(x, table, slots, None, member))
 
     def test_bad_tables_are_refused(self):
         made, _, slots, _, wanted, _ = self.site()
         x = randn(self.B, 2, self.D, seed=1)
         wanted[0, 0] = self.F
         with pytest.raises(RuntimeError, match="latents must lie in"):
-            made.at_once(x)
+            made(x)
         wanted[0, 0] = -1
         slots[0] = 3
         with pytest.raises(RuntimeError, match="slots must lie in"):
-            made.at_once(x)
+            made(x)
+
+    def test_the_operator_checks_what_it_points_into(self):
+        _, table, slots, selection, wanted, centre = self.site()
+        good = (*table, slots, 0, 1e-5, wanted, centre, *selection.weights, *selection.screen, 5)
+        names = [
+            "enc", "dec", "param", "code", "slots|wanted", "", "", "wanted", "centre",
+            "W_enc|b_enc", "b_enc", "", "codes", "bounds",
+        ]  # fmt: skip
+        make = torch.ops.fastsae._steer_site
+        for i, name in enumerate(names):
+            if not name:
+                continue
+            t = good[i]
+            for bad in (
+                t[1:] if i else t[:, 1:],
+                t.to(torch.int16),
+                t.new_empty(2, *t.shape)[..., 0],
+            ):
+                with pytest.raises(RuntimeError, match=f"({name}|dtype Short)"):
+                    make(*good[:i], bad, *good[i + 1 :], False)
+        for i, bad, message in (
+            (5, 1, "normalises nothing"),
+            (7, None, "half a membership"),
+            (12, None, "a screen has two parts"),
+            (14, self.F + 1, "do not fit"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                make(*good[:i], bad, *good[i + 1 :], False)
+        with pytest.raises(ValueError, match="contiguous and need no gradient"):
+            Site(table[0].requires_grad_(), *table[1:], slots)
+
+    def test_memory_lives_as_long_as_the_site(self):
+        made, *own = self.site()
+        x = randn(self.B, 2, self.D, seed=1)
+        before, handle = made(x), made._site
+        table, _, selection, *_ = own
+        memory = [StorageWeakRef(t.untyped_storage()) for t in (*table, selection.weights[0])]
+        functions, out = _library.CPU_FUNCTIONS, torch.empty_like(x)
+        del made, own, table, selection, _
+        gc.collect()
+        assert not any(m.expired() for m in memory)
+        assert functions.steer(handle, x.data_ptr(), 0, 6, out.data_ptr())
+        assert torch.equal(out, before)
+        del handle
+        assert all(m.expired() for m in memory)
 
 
 def test_empty_and_bad_input(backend):

@@ -10,7 +10,7 @@ from properties import given, settings, st
 
 import fastsae
 from fastsae import _dispatch, ops, reference
-from fastsae.ops.topk_member import Prepared, version_of
+from fastsae.ops.topk_member import Selection, version_of
 
 OP = "topk_member"
 
@@ -108,16 +108,16 @@ def test_counting_gives_way_to_selecting(active, kind):
     assert truth[every, 1].all() and not truth[every, 2].any()
 
 
-def test_prepared_lists_are_shared_by_neighbours(backend):
+def test_lists_are_shared_by_neighbours(backend):
     x, w, b = (t.to(device_of(backend)) for t in whole(6, 16, 90))
     lists = torch.tensor([[3, -1, 80], [5, 5, 7]], dtype=torch.int32, device=x.device)
     for shape in ((2, 3, 16), (2, 1, 3, 16)):
         with fastsae.use_backend(backend):
-            got = Prepared(w, b, 9)(x.view(shape), lists)
+            got = Selection(w, b, 9)(x.view(shape), lists)
         truth = expected(x, w, b, lists.repeat_interleave(3, 0), 9)
         assert got.shape == (*shape[:-1], 3) and torch.equal(got.flatten(0, -2).cpu(), truth)
-    assert torch.equal(Prepared(w, b, 9)(x[:2], lists).cpu(), expected(x[:2], w, b, lists, 9))
-    assert Prepared(w, b, 9)(x.view(2, 3, 16)[:, :0], lists).shape == (2, 0, 3)
+    assert torch.equal(Selection(w, b, 9)(x[:2], lists).cpu(), expected(x[:2], w, b, lists, 9))
+    assert Selection(w, b, 9)(x.view(2, 3, 16)[:, :0], lists).shape == (2, 0, 3)
 
 
 def test_not_finite(backend):

@@ -474,7 +474,7 @@ def test_one_call_and_two_operators_write_the_same_text(gpt2, monkeypatch):
         monkeypatch.setattr(_library, "CPU_FUNCTIONS", functions)
         steerer = attach(gpt2, topk_sae(), layer=LAYER)
         with steerer.steer(PROGRAMS):
-            assert (steerer._run.at_once(torch.zeros(3, 1, D)) is None) == (functions is None)
+            assert (steerer._fast(torch.zeros(3, 1, D)) is None) == (functions is None)
             found.append(run(gpt2, ids))
         steerer.detach()
     (text, logits), (other_text, other_logits) = found
