@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sites import output_of
+from .sites import by_token, device_of, output_of, refuse_encoder_decoder
 from .tokens import encoded, head
 
 
@@ -24,10 +24,11 @@ class _Reached(Exception):  # noqa: N818
 
 def activations_at(model: nn.Module, module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """The module's output [B, T, D] for `tokens` [B, T]; the model stops running after it."""
+    refuse_encoder_decoder(model, "activations_at")
     caught: list[torch.Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        caught.append(output_of(output))
+        caught.append(by_token(output_of(output), tokens.shape, type(module).__name__))
         raise _Reached
 
     handle = module.register_forward_hook(hook)
@@ -154,7 +155,7 @@ def stream_activations(
 
     One batch exists at a time. `progress(n)` is told of every n tokens done.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     for first in range(0, len(windows), batch_windows):
         tokens = windows.tokens[first : first + batch_windows]
         yield Batch(activations_at(model, module, tokens.to(device)), first, tokens)

@@ -80,6 +80,8 @@ def load_subject(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         config: Any = AutoConfig.from_pretrained(source)
+        if config.is_encoder_decoder:
+            raise NotImplementedError("an encoder-decoder model; a causal language model is needed")
         if getattr(config, "activation_function", None) == "gelu_new":
             # the same function as one kernel instead of seven; 1.6x for a whole GPT-2 on a CPU
             config.activation_function = "gelu_pytorch_tanh"

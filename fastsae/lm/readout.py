@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sites import device_of
+
 
 @torch.no_grad()
 def logit_effect(model: Any, directions: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ def final_norm_of(model: Any) -> nn.Module | None:
     handles = [m.register_forward_hook(after) for m in model.modules() if m is not head]
     handles.append(head.register_forward_pre_hook(lambda _m, args: given.append(args[0])))
     try:
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
         model(input_ids=token, use_cache=False)
     finally:
         for handle in handles:

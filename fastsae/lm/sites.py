@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -18,6 +18,27 @@ BLOCK_PATHS = (
     "model.language_model.layers",  # the text part of Gemma 3, Qwen-VL
     "model.decoder.layers",  # OPT
 )
+
+
+def refuse_encoder_decoder(model: nn.Module, where: str) -> None:
+    """Two streams of tokens in one call: which of them a site sees, a mask is of, or a cache holds
+    differs from model to model.
+
+    Raises:
+        NotImplementedError: the model is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{where}: {type(model).__name__} is an encoder-decoder model; only models that read "
+            "and write one sequence (causal language models) are supported"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where to put what the model is given: where its first parameter lies; on the CPU where all
+    are offloaded, for what brings them in (accelerate's hooks) moves the input along."""
+    places = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(places, torch.device("cpu"))
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -80,21 +101,42 @@ def output_of(output: Any) -> torch.Tensor:
     Raises:
         TypeError: there is no tensor there.
     """
-    found = output
-    if isinstance(output, Mapping):
-        found = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list):
+    if isinstance(output, torch.Tensor):  # first: a hook asks at every token
+        return output
+    found = None
+    if isinstance(output, tuple | list):
         found = output[0] if output else None
+    elif isinstance(output, Mapping):
+        found = next(iter(output.values()), None)
     if not isinstance(found, torch.Tensor):
         raise TypeError(
             f"a module's output must be a tensor or begin with one, got {type(output).__name__}"
-            + ("" if found is output else f" that begins with {type(found).__name__}")
+            + ("" if found is None else f" that begins with {type(found).__name__}")
         )
     return found
 
 
+def by_token(x: torch.Tensor, tokens: Sequence[int], site: str) -> torch.Tensor:
+    """A module's output as [B, T, D], for a call of `tokens` = B, T.
+
+    Raises:
+        ValueError: it is neither that nor [B * T, D]: of heads, of experts, of some tokens only.
+    """
+    batch, length = tokens
+    if x.dim() == 3 and x.shape[0] == batch and x.shape[1] == length:
+        return x
+    if x.dim() == 2 and x.shape[0] == batch * length:
+        return x.reshape(batch, length, -1)
+    raise ValueError(
+        f"{site} puts out {list(x.shape)} in a call of {batch} sequences of {length} tokens; a "
+        "module that puts out [B, T, D] or [B * T, D] can be read and edited"
+    )
+
+
 def replaced(output: Any, new: torch.Tensor) -> Any:
     """The same output with other hidden states; nothing is written to."""
+    if isinstance(output, torch.Tensor):
+        return new
     if isinstance(output, Mapping):
         changed = copy(output)  # also an output of transformers, a mapping with attributes
         changed[next(iter(output))] = new  # type: ignore[index]
@@ -104,7 +146,7 @@ def replaced(output: Any, new: torch.Tensor) -> Any:
         if hasattr(output, "_fields"):  # a named tuple
             return type(output)(*rest)
         return type(output)(rest)
-    return new
+    raise TypeError(f"replaced: no hidden states in {type(output).__name__}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..nn import SparseCoder
 from .harvest import Windows
-from .sites import edited
+from .sites import by_token, device_of, edited, refuse_encoder_decoder
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def cross_entropy(
     progress: Callable[[int], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over `windows`, inside `context` (a hook, say)."""
-    device = next(model.parameters()).device
+    refuse_encoder_decoder(model, "cross_entropy")
+    device = device_of(model)
     total, count = 0.0, 0
     with context or nullcontext():
         for first in range(0, len(windows), batch_windows):
@@ -72,11 +73,14 @@ def splice_loss(
     The positions that windows leave out, which the SAE is not trained on, stay untouched in all
     three.
     """
-    skip_first = windows.skip_first
+    skip_first, length = windows.skip_first, windows.tokens.shape[1]
 
     def replaced(with_what: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def edit(x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([x[:, :skip_first], with_what(x[:, skip_first:])], 1)
+            count = x.shape[:-1].numel() // length
+            rows = by_token(x, (count, length), type(module).__name__)
+            rows = torch.cat([rows[:, :skip_first], with_what(rows[:, skip_first:])], 1)
+            return rows.view(x.shape)
 
         return edited(module, edit)
 

@@ -209,6 +209,7 @@ class Site:
     def __call__(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
         """x steered; None where that is left to `steer`: another kind of call, or so many tokens
         that membership is better found by selecting."""
+        shape = x.shape
         if (
             self._site is None
             or torch._C._is_tracing()
@@ -216,15 +217,15 @@ class Site:
             or x.dtype is not self._dtype
             or not x.is_contiguous()
             or (x.requires_grad and torch.is_grad_enabled())
-            or x.dim() < 2
-            or x.shape[0] != self._sequences
-            or x.shape[-1] != self._width
+            or len(shape) < 2
+            or shape[0] != self._sequences
+            or shape[-1] != self._width
             or x.get_device() != self._device
             or x.is_neg()
             or torch._C._len_torch_dispatch_stack()
             or forward_ad._current_level >= 0
             or _dispatch.forced() is not self._backend
-            or not (mask is None or self._flags(mask, x.shape[:-1]))
+            or not (mask is None or self._flags(mask, shape[:-1]))
         ):
             return None
         try:

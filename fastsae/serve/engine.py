@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..lm.sites import device_of, refuse_encoder_decoder
 from ..steer import Steerer
 from ..steer.operations import Operation
 
@@ -103,12 +104,13 @@ class Engine:
         rows: int = 32,
         waiting: int = 512,
     ) -> None:
+        refuse_encoder_decoder(model, "serve")
         self.model, self.steerer, self.rows = model, steerer, rows
         self._eos = frozenset(eos)
         self._room = rows + waiting
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None  # called in the engine's thread
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._wake = threading.Condition()
         self._waiting: deque[Row] = deque()  # touched under `_wake` only
         self._open: dict[Row, None] = {}  # rows that have not been told their end, in order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 
 from .. import _steer_codes as codes
 from .._capture import is_capturing
-from ..lm.sites import find_site, output_of, replaced
+from ..lm.sites import by_token, find_site, output_of, refuse_encoder_decoder, replaced
 from ..nn import Description, SparseCoder
 from ..ops.steer import Site, steer
 from ..ops.topk_member import Selection, spread, topk_member, version_of
@@ -42,7 +43,10 @@ def attach(
     max_ops: int = 32,
     max_batch: int = 1024,
 ) -> Steerer:
-    """Makes a site of the model steerable. Attach before `torch.compile` and before capturing.
+    """Makes a site of the model steerable. Attach before capturing a graph.
+
+    Graphs that `torch.compile` has made do not look for new hooks: where there are any, all of the
+    process are dropped (`torch.compiler.reset`) and made anew when next called.
 
     Args:
         model: a causal language model of transformers (any module whose forward takes
@@ -57,15 +61,23 @@ def attach(
 
     Raises:
         ValueError: no such site, or it is attached already (`detach` the other first).
-        NotImplementedError: the SAE is a transcoder.
+        NotImplementedError: the SAE is a transcoder, the model an encoder-decoder or scripted.
     """
+    refuse_encoder_decoder(model, "attach")
     name, module = find_site(model, layer, hook)
+    if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise NotImplementedError(
+            f"attach: {name} is compiled by torch.jit, which runs no hooks; attach to the model "
+            "that it was made of"
+        )
     if inputs in _taken.get(module, ()):
         raise ValueError(f"attach: {name} is attached already; detach() that steerer first")
     steerer = Steerer(model, None if sae is None else describe(sae), name, module, inputs,
                       max_slots, max_ops, max_batch)  # fmt: skip
     if isinstance(sae, SparseCoder):
         steerer.follow(sae)
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        torch.compiler.reset()
     return steerer
 
 
@@ -84,13 +96,13 @@ class Receipt:
     calls: int = 0
     tokens: int = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Counts a call."""
-        if torch.compiler.is_compiling():
+    def add(self, tokens: int | None) -> None:
+        """Counts a call; None: of a compiled model."""
+        if tokens is None:
             self.calls = 1  # a graph that counted would be compiled anew for every number
             return
         self.calls += 1
-        self.tokens += x.shape[:-1].numel()
+        self.tokens += tokens
 
 
 class Steerer:
@@ -99,10 +111,10 @@ class Steerer:
     Entering `steer(...)` copies programs into buffers of fixed address and leaving it, also by an
     exception, clears them: nothing is allocated and nothing waits for the device while the model
     runs, apart from exact TopK membership (`ops.topk_member`), for which int8 codes of W_enc are
-    kept on a CPU.
+    kept on a CPU. The buffers lie where the site's parameters do, in their dtype; where activations
+    of another device or dtype arrive (an offloaded or converted model), they are made anew there.
     """
 
-    @torch.inference_mode(False)  # tables made inside could not be written outside
     def __init__(
         self,
         model: nn.Module,
@@ -117,7 +129,7 @@ class Steerer:
         self.site, self.sae = name, sae
         # the site's own: a model may lie on several devices, or be of several dtypes
         floats = (p for m in (module, model) for p in m.parameters() if p.is_floating_point())
-        like = next(floats)
+        like = next(floats, torch.empty(0))
         config = getattr(model, "config", None)
         if sae is not None:
             width = sae.W_dec.shape[1]
@@ -137,16 +149,9 @@ class Steerer:
             () if i is None else tuple(i) if isinstance(i, list) else (int(i),) for i in (bos, eos)
         )
         self._pad = getattr(config, "pad_token_id", None)
-        rows: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        slots = max_slots + 1  # slot 0 does nothing
-        self._enc = torch.zeros(slots, max_ops, width, **rows)
-        self._dec = torch.zeros(slots, max_ops, width, **rows)
-        self._param = torch.zeros(slots, max_ops, 6, dtype=wide, device=like.device)
-        self._code = torch.zeros(slots, max_ops, 3, dtype=torch.int32, device=like.device)
-        self._latents = torch.full((slots, max_ops), -1, dtype=torch.int32, device=like.device)
-        self._wanted = torch.full((max_batch, max_ops), -1, dtype=torch.int32, device=like.device)
-        self._slots = torch.zeros(max_batch, dtype=torch.int32, device=like.device)
+        self._sizes = (max_slots + 1, max_ops, width, max_batch)  # slot 0 does nothing
+        # offloaded parameters say nothing: the first activation will
+        self._place(like.dtype, torch.device("cpu") if like.is_meta else like.device)
         self._sequences = 0  # of the programs in force; 0: none
         self.receipt = Receipt(name)
         self._coder: SparseCoder | None = None
@@ -163,9 +168,11 @@ class Steerer:
         self._prompt_length: int | None = None
         self._guessed = False  # by the first call
         self._in_pass = self._seen = False  # of the model; the site, in it
+        self._tokens: torch.Tensor | None = None  # that the pass is given, [B, T] or [B, T, D]
         self._mask: torch.Tensor | None = None
         self._module, self._inputs = module, inputs
         self._names = tuple(inspect.signature(model.forward).parameters)
+        self._ids_first = self._names[:1] == ("input_ids",)
         _taken.setdefault(module, set()).add(inputs)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -177,7 +184,19 @@ class Steerer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (of the model, with its hooks) is in no block: it steers nothing."""
-        return {**self.__dict__, "_sequences": 0, "_mask": None}
+        return {**self.__dict__, "_sequences": 0, "_mask": None, "_tokens": None}
+
+    @torch.inference_mode(False)  # tables made inside could not be written outside
+    def _place(self, dtype: torch.dtype, device: torch.device) -> None:
+        slots, ops, width, batch = self._sizes
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._enc = torch.zeros(slots, ops, width, dtype=dtype, device=device)
+        self._dec = torch.zeros_like(self._enc)
+        self._param = torch.zeros(slots, ops, 6, dtype=wide, device=device)
+        self._code = torch.zeros(slots, ops, 3, dtype=torch.int32, device=device)
+        self._latents = torch.full((slots, ops), -1, dtype=torch.int32, device=device)
+        self._wanted = torch.full((batch, ops), -1, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def follow(self, coder: SparseCoder) -> None:
         """Takes the coder's weights anew at every `set`, where `.to(...)` has put others in place
@@ -273,12 +292,15 @@ class Steerer:
         where = positions or prompt_and_generated()
         only = where.only
         self._described_anew()
-        self._write(programs)
+        self._put_in_force(programs)
         self._positions = where
         self._only = None if only is None else torch.tensor(only, device=self._slots.device)
         self._prompt_length, self._guessed = prompt_length, False
         self.receipt = Receipt(self.site)
-        self._sequences = len(programs)
+
+    def _put_in_force(self, programs: Sequence[Program | None]) -> None:
+        self._write(programs)
+        self._programs, self._sequences = programs, len(programs)
         self._current = self._slots[: self._sequences]
         self._asked = self._wanted[: self._sequences]  # [P, O], -1 where there is none
         self._fast = self._fast_site()
@@ -308,7 +330,7 @@ class Steerer:
         """Nothing is steered any more; replayed graphs neither."""
         self._slots.zero_()
         self._sequences = 0
-        self._mask = None
+        self._mask = self._tokens = None
         self._in_pass = self._seen = False
 
     def _write(self, programs: Sequence[Program | None]) -> None:
@@ -371,19 +393,23 @@ class Steerer:
     # -- the model runs ---------------------------------------------------------------------------
 
     def _passed(self, _model: nn.Module, _args: Any, _output: Any) -> None:
-        self._in_pass = False
+        self._in_pass, self._tokens = False, None
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         where = self._positions
         if not self._sequences:
             return
         self._in_pass, self._seen = True, False
+        tokens = args[0] if args and self._ids_first else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        self._tokens = tokens
         if where.everywhere:
             return
         if args:
             kwargs = {**dict(zip(self._names, args)), **kwargs}
-        ids = kwargs.get("input_ids")
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
         if self._prompt_length is None:  # the first pass
             self._prompt_length, self._guessed = int(past_length(kwargs)) + tokens.shape[1], True
             self._refuse_unseen(where, kwargs)
@@ -440,39 +466,56 @@ class Steerer:
         return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
-        self.receipt.add(x)
+        compiling, leading = torch.compiler.is_compiling(), x.shape[:-1]
+        self.receipt.add(None if compiling else leading.numel())
         if self._in_pass:
-            if self._seen and not torch.compiler.is_compiling():
+            if self._seen and not compiling:
                 raise RuntimeError(
                     f"steer: {self.site} runs more than once in a pass of the model, and would be "
                     "edited as often; attach to a module that runs once"
                 )
             self._seen = True
-        mask = self._mask
+        mask, tokens = self._mask, self._tokens
         if mask is None and not self._positions.everywhere:
             raise RuntimeError(
                 f"steer: positions at {self.site} need a call of the model that was attached to; "
                 "a module inside it was called by itself"
             )
-        if not torch.compiler.is_compiling() and (not self._selects or self._counts()):
+        flat: torch.Tensor | None = None
+        if tokens is None:
+            if len(leading) != 2 and not (len(leading) == 1 and self._sequences == 1):
+                raise ValueError(
+                    f"steer: {self.site} puts out {list(x.shape)} in a call that does not say how "
+                    "many sequences there are; [B, T, D] can be edited"
+                )
+        elif leading != tokens.shape and leading != tokens.shape[:2]:
+            try:
+                flat, x = x, by_token(x, tokens.shape[:2], self.site)
+            except ValueError as error:
+                raise ValueError(f"steer: {error}") from None
+        out = None
+        if not compiling and (not self._selects or self._counts()):
             out = self._fast(x, mask)
-            if out is not None:
-                return out
-        programs, shape, table = self._sequences, x.shape, self._enc
+        if out is None:
+            out = self._edit_by_operators(x, mask)
+        return out if flat is None else out.view(flat.shape)
+
+    def _edit_by_operators(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B, T, D], or [T, D] for one program."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        if x.device != table.device or (x.dtype != table.dtype and not autocast):
-            raise TypeError(
-                f"steer: {self.site} puts out {x.dtype} on {x.device}, and it was attached to "
-                f"when the model was {table.dtype} on {table.device}; detach() and attach again"
-            )
-        if mask is not None and mask.shape != shape[:-1]:
-            raise ValueError(
-                f"steer: {self.site} puts out {list(shape)} for tokens {list(mask.shape)}; such a "
-                "site takes positions=None only"
-            )
-        if len(shape) > 1 and shape[0] == programs:
+        if x.device != self._enc.device or (x.dtype != self._enc.dtype and not autocast):
+            self._place_at(x)
+        if mask is not None:
+            mask = mask.to(x.device)
+            if mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"steer: {self.site} puts out {list(x.shape)} for tokens {list(mask.shape)}; "
+                    "such a site takes positions=None only"
+                )
+        programs, shape = self._sequences, x.shape
+        if shape[0] == programs and len(shape) == 3:
             return self._edit_grouped(x, mask)
-        if len(shape) < 2 or shape[0] % programs or shape[0] == 0:
+        if (len(shape) == 3 and shape[0] % programs) or shape[0] == 0:
             raise ValueError(
                 f"steer: {programs} programs for a call of shape {list(shape)} at {self.site}; "
                 "give one for each sequence (or None)"
@@ -481,6 +524,19 @@ class Steerer:
         grouped = x.reshape(programs, -1, shape[-1])
         mask = None if mask is None else mask.reshape(programs, -1)
         return self._edit_grouped(grouped, mask).view(shape)
+
+    def _place_at(self, x: torch.Tensor) -> None:
+        """The buffers anew, where the activations are: parameters that were offloaded or converted
+        since said something else."""
+        table = self._enc
+        if torch.compiler.is_compiling() or is_capturing(x.device) or not x.is_floating_point():
+            raise TypeError(
+                f"steer: {self.site} puts out {x.dtype} on {x.device}, and its buffers are "
+                f"{table.dtype} on {table.device}; run the model once before a graph is made of it"
+            )
+        self._place(x.dtype, x.device)
+        self._only = None if self._only is None else self._only.to(x.device)
+        self._put_in_force(self._programs)
 
     def _edit_grouped(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [P, ..., D], one program each."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..lm.sites import device_of
 from .attach import Steerer
 from .operations import add_vector, clamp
 from .sweep import Sampling, distinct_bigrams, sample, token_share
@@ -89,7 +90,7 @@ def _behind(row: Sequence[int], prefix: Sequence[int], begins: frozenset[int]) -
 
 def _log_probs(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """[B, T, V] in fp32; rows padded on the right, which a causal model does not see."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     logits = model(input_ids=padded(rows, "right")[0].to(device), use_cache=False).logits
     return logits.float().log_softmax(-1)
 

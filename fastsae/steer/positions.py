@@ -158,5 +158,5 @@ def token_mask(
     if "bos" in where.exclude:
         mask = mask & ~is_bos(ids, bos)
     if only is not None:  # where.only on the device: copied before the model runs
-        mask = mask & torch.isin(position, only)
+        mask = mask & torch.isin(position, only.to(position.device))
     return mask

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..lm.sites import device_of
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,7 +35,7 @@ def sample(
     The same seed draws the same random numbers whatever the context is. `attention_mask` [B, T] is
     0 where a shorter prompt is padded on the left.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     prompts = prompts.to(device)
     torch.manual_seed(settings.seed)
     with context or nullcontext():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..lm.harvest import activations_at
-from ..lm.sites import blocks_of, find_site
+from ..lm.sites import blocks_of, device_of, find_site
 from ..lm.tokens import encoded
 from .attach import Steerer, attach
 from .operations import Program, project_out
@@ -53,7 +53,7 @@ def prompt_activations(
     if position not in ("last", "mean"):
         raise ValueError(f"prompt_activations: position must be 'last' or 'mean', got {position!r}")
     module = find_site(model, layer, hook)[1]
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = [encoded(tokenizer, text) for text in prompts]
     if not rows or not all(rows):
         raise ValueError("prompt_activations: needs prompts, none of them empty")

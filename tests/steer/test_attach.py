@@ -514,23 +514,11 @@ def test_a_copy_of_an_attached_model_is_not_steered(gpt2, copied):
     steerer.detach()
 
 
-@torch.no_grad()
-def test_a_detached_steerer_and_a_converted_model_are_refused(gpt2):
-    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
-    model = copy.deepcopy(gpt2)
+def test_a_detached_steerer_is_refused(gpt2):
+    steerer = attach(gpt2, topk_sae(), layer=LAYER)
     steerer.detach()
     with pytest.raises(RuntimeError, match="attach again"), steerer.steer([None]):
         pass
-    steerer = attach(model, topk_sae(), layer=LAYER)
-    model.to(torch.bfloat16)
-    with steerer.steer([[clamp(3, 6.0)], None]):
-        with pytest.raises(TypeError, match="attach again"):
-            model(ids)
-        model.float()
-        clean = gpt2(ids).logits
-        assert not torch.allclose(model(ids).logits, clean, atol=0.1)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not torch.allclose(model(ids).logits.float(), clean, atol=0.1)
 
 
 def test_attached_in_inference_mode(gpt2):
