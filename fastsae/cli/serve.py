@@ -141,13 +141,19 @@ def load_service(
             subject.model, sae, hook=subject.site, max_slots=limits.rows, max_ops=2 * MAX_OPS,
             max_batch=limits.rows,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(str(error))
     config: Any = subject.model.config.get_text_config()
     eos = subject.model.generation_config.eos_token_id
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if subject.tokenizer.eos_token_id is not None:
         ends = [*ends, subject.tokenizer.eos_token_id]
+    engine = Engine(subject.model, steerer, ends, limits.rows, limits.waiting)
+    try:
+        engine.rehearse()
+    except NotImplementedError as error:
+        engine.close()
+        fail(str(error))
     readout = None
     if config.vocab_size * width <= _READOUT:
         with torch.no_grad():
@@ -157,7 +163,7 @@ def load_service(
     return Service(
         subject.name,
         subject.tokenizer,
-        Engine(subject.model, steerer, ends, limits.rows, limits.waiting),
+        engine,
         sae,
         readout,
         limits,

@@ -9,6 +9,7 @@ padded on the left, the padding masked), up to the rounding of products of anoth
 from __future__ import annotations
 
 import inspect
+import queue
 import threading
 import time
 from collections import deque
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 
 from ..lm.sites import device_of, refuse_encoder_decoder
-from ..steer import Steerer
+from ..steer import Steerer, scale
 from ..steer.operations import Operation
 
 LENGTH, STOP, TIME, CANCELLED = "length", "stop", "time", "cancelled"
+_FAR = 0.25  # of the way from the likeliest token to the least likely one
 
 
 class FullError(Exception):
@@ -84,7 +86,8 @@ class Engine:
     """The model, its steerer and the batch.
 
     Args:
-        model: a causal language model of transformers whose cache is a `DynamicCache`.
+        model: a causal language model of transformers whose cache is a `DynamicCache` of keys and
+            values in every layer (`rehearse` finds out).
         steerer: attached to it, with max_batch >= rows and max_slots >= rows; None: no steering.
         eos: token ids that end a sequence.
         rows: sequences generated at a time.
@@ -121,6 +124,8 @@ class Engine:
         self._in_force: list[Sequence[Operation] | None] = []
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # transformers 5.24 renamed it; 5.40 will no longer take the old name
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._thread = threading.Thread(target=self._run, name="fastsae-engine", daemon=True)
         self._thread.start()
 
@@ -199,6 +204,49 @@ class Engine:
     def load(self) -> int:
         """Sequences that wait or run."""
         return len(self._open)
+
+    def rehearse(self, seconds: float = 600.0) -> None:
+        """Has two short texts written in one batch, one longer than the other, which leaves first,
+        so that a model that cannot be served says so now and not at its first request.
+
+        Raises:
+            NotImplementedError: an error on the way, or a token that the model, reading the same
+                text without cache and batch, would be far from writing.
+        """
+        size = int(self.model.config.get_text_config().vocab_size)
+        texts = [[(7 * i + 3) % size for i in range(n)] for n in (6, 2)]
+        # changes nothing, and runs all that a program does
+        program = [scale(0, 1.0)] if self.steerer is not None and self.steerer.sae else None
+        kind, ends = type(self.model).__name__, queue.SimpleQueue[Event]()
+
+        def reader(event: Event) -> None:
+            if event.token is None:
+                ends.put(event)
+
+        rows = [
+            self.submit(
+                text, reader, program=program, sampling=Sampling(0.0), max_tokens=tokens,
+                seconds=seconds,
+            )
+            for text, tokens in zip(texts, (2, 5), strict=True)
+        ]  # fmt: skip
+        for end in [ends.get() for _ in rows]:
+            if end.error is not None or end.finish == TIME:
+                why = end.error or f"no answer in {seconds} s"
+                raise NotImplementedError(f"serve: {kind} cannot be served: {why}")
+        for row in rows:
+            ids = torch.tensor([[*row.prompt, *row.generated]], device=self._device)
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            logits = logits[len(row.prompt) - 1 : -1]
+            written = logits.gather(1, ids[0, len(row.prompt) :, None])[:, 0]
+            best, worst = logits.amax(1), logits.amin(1)
+            # rounding and a tie turn the choice over between the best few, not in the middle
+            if bool((best - written > _FAR * (best - worst)).any()):
+                raise NotImplementedError(
+                    f"serve: {kind} cannot be served: it writes another text in a padded batch "
+                    "with a cache than alone without one, so requests would change one another"
+                )
 
     def close(self) -> None:
         """Ends every sequence and the thread."""
@@ -379,9 +427,14 @@ class Engine:
         """Logits [B, V] of the last column."""
         self._put_in_force([row.program for row in rows])
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-            use_cache=True, **self._last_only,
+            input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
+            **{self._cache_name: cache}, **self._last_only,
         )  # fmt: skip
+        if not _holds(cache, *mask.shape):
+            raise NotImplementedError(
+                "its cache does not hold keys and values of every token (a state-space, recurrent "
+                "or hybrid model?), so sequences cannot join and leave a batch"
+            )
         return out.logits[:, -1].float()
 
     def _put_in_force(self, programs: list[Sequence[Operation] | None]) -> None:
@@ -403,6 +456,16 @@ class Engine:
             row.generated.append(token)
             if token not in self._eos and not row.cancelled:
                 self._tell(row, Event(token=token))
+
+
+def _holds(cache: Any, rows: int, length: int) -> bool:
+    """Whether every layer of the cache has keys and values of all tokens of all rows."""
+    layers = getattr(cache, "layers", ())
+    parts = [getattr(layer, n, None) for layer in layers for n in ("keys", "values")]
+    return bool(parts) and all(
+        isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[0] == rows and t.shape[2] == length
+        for t in parts
+    )
 
 
 def _told(error: BaseException) -> str:

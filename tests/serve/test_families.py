@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_rows_of_a_changing_batch_are_texts_alone(family):
     plain = [alone(model, steerer, text, None, n) for text, (_, n) in zip(texts, LENGTHS)]
     assert sum(a != b for a, b in zip(truth, plain)) >= 3  # the programs matter
     engine = Engine(model, steerer, rows=3)
+    engine.rehearse()
     try:
         greedy, gone = Sampling(temperature=0.0), []
 
@@ -132,3 +134,95 @@ def test_a_changed_program_is_in_force_from_the_next_token(family):
         assert [r.tokens for r in readers] == [truth, beside]
     finally:
         engine.close()
+
+
+UNSERVED = {
+    "Mamba": dict(hidden_size=D, num_hidden_layers=2, state_size=4),  # wrote wrong text
+    "Rwkv": dict(hidden_size=D, num_hidden_layers=2, attention_hidden_size=D),
+    "RecurrentGemma": dict(
+        hidden_size=D, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        attention_window_size=8,
+    ),
+    "Lfm2": dict(
+        hidden_size=D, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, layer_types=["conv", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNSERVED)
+def test_a_family_that_cannot_be_served_is_refused_before_a_request(family):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=V, **UNSERVED[family])
+    engine = Engine(getattr(transformers, f"{family}ForCausalLM")(config).eval(), None, rows=2)
+    try:
+        with pytest.raises(NotImplementedError, match=f"serve: {family}ForCausalLM cannot be"):
+            engine.rehearse()
+    finally:
+        engine.close()
+
+
+class Wrapped(torch.nn.Module):
+    """A model of another signature; where asked, one that does not see what padding is."""
+
+    def __init__(self, model, blind=False):
+        super().__init__()
+        self.model, self.blind, self.config = model, blind, model.config
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, **options):
+        if self.blind:
+            attention_mask = position_ids = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers 5.24 takes `cache` itself
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=cache, **options,
+            )  # fmt: skip
+
+
+def test_a_model_that_does_not_mask_padding_is_refused():
+    engine = Engine(Wrapped(tiny("gpt2"), blind=True), None, rows=2)
+    try:
+        with pytest.raises(NotImplementedError, match="another text in a padded batch"):
+            engine.rehearse()
+    finally:
+        engine.close()
+
+
+def test_the_cache_is_given_by_the_name_that_the_model_has_for_it():
+    """transformers 5.24 says `cache`, and 5.40 will not take `past_key_values`."""
+    engines = [Engine(model, None, rows=2) for model in (Wrapped(tiny("gpt2")), tiny("gpt2"))]
+    texts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for engine in engines:
+            engine.rehearse()
+            reader = Reader()
+            engine.submit([5, 6, 7], reader, sampling=Sampling(temperature=0.0), max_tokens=9)
+            assert reader.done.wait(30) and reader.end.error is None
+            texts.append(reader.tokens)
+            engine.close()
+    assert texts[0] == texts[1] and len(texts[0]) == 9
+
+
+def test_the_command_refuses_a_model_that_cannot_be_served(tmp_path):
+    import transformers
+    from typer.testing import CliRunner
+
+    from fastsae.cli.app import app
+    from fastsae.lm.load import EMBEDDED_MODEL
+    from fastsae.nn import TopKSAE
+
+    config = transformers.OpenAIGPTConfig(vocab_size=4096, n_embd=D, n_layer=2, n_head=2)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
+    TopKSAE(D, 32, 4, seed=0).save_pretrained(tmp_path / "sae")
+    command = ["serve", "--sae", tmp_path / "sae", "--model", tmp_path / "model", "--layer", "1"]
+    run = CliRunner().invoke(app, [*map(str, command), "--port", "0"])
+    assert run.exit_code == 2, run.output
+    assert "OpenAIGPTLMHeadModel cannot be served" in run.output
+    assert "its cache does not hold keys and values" in run.output
+    assert "http" not in run.output
