@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from common import generator, randn
 
+from fastsae.lm.sites import edited, find_site
 from fastsae.nn import TopKSAE
 from fastsae.steer import ablate, add, clamp, min_clamp, scale
 
@@ -80,3 +81,20 @@ class Letters:
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [2 + ord(c) % (V - 2) for c in text]}
+
+
+def by_definition(model, sae, programs):
+    """A hook that edits inside the SAE and keeps the clean error term, position by position."""
+
+    def edit(x):
+        f = torch.zeros(*x.shape[:-1], F, dtype=x.dtype)
+        values, indices, _ = sae.encode(x)
+        f.scatter_(-1, indices.long(), values)
+        changed = f.clone()
+        for b, program in enumerate(programs):
+            for j, rule in program or ():
+                changed[b, :, j] = rule(f[b, :, j])
+        decode = lambda f: f @ sae.W_dec + sae.b_dec  # noqa: E731
+        return x + decode(changed) - decode(f)
+
+    return edited(find_site(model, layer=LAYER)[1], edit)

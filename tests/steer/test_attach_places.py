@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import randn
-from small_models import D, V, tiny
-from test_attach import LAYER, PROGRAMS, prompt, topk_sae
+from common import randn
+from small_models import LAYER, PROGRAMS, D, V, prompt, tiny, topk_sae
 from torch import nn
 
 from fastsae._errors import UserError
