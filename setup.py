@@ -353,8 +353,8 @@ def sources(pattern: str, *folders: str) -> list[str]:
 
 
 SOURCES = {
-    "fastsae._cpu": sources("*.cpp", "csrc/common", "csrc/cpu"),
-    "fastsae._cuda": sources("*.cu", "csrc/common", "csrc/cuda"),
+    "fastsae._cpu": sources("*.cpp", "csrc/cpu", "csrc/cpu/support"),
+    "fastsae._cuda": sources("*.cu", "csrc/cuda", "csrc/cuda/support"),
 }
 
 if __name__ == "__main__":  # tests import the functions above

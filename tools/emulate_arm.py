@@ -119,7 +119,7 @@ def library(torch: Path) -> Path:
     setup = setup_functions()
     os.environ["CXX"] = cxx
     compile_to, link = setup.cpu_commands(torch, CACHE)
-    sources = setup.sources("*.cpp", "csrc/common", "csrc/cpu")
+    sources = setup.sources("*.cpp", "csrc/cpu", "csrc/cpu/support")
     files = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cpp", ".h", ".inl")]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     words = [*compile_to, *link, version]

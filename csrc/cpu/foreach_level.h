@@ -11,8 +11,8 @@
 // runs the avx512 code.
 //
 // No include guard: a translation unit may compile several kernels.
-#include "common/cpu_level.h"
 #include "common/dtypes.h"
+#include "cpu/support/cpu_level.h"
 
 #if FASTSAE_X86
 #include <immintrin.h>
@@ -32,7 +32,7 @@
 
 #define FASTSAE_LEVEL 0
 #define FASTSAE_NS portable
-#include "cpu/simd.h"
+#include "cpu/simd.inl"
 #include FASTSAE_KERNEL
 #undef FASTSAE_LEVEL
 #undef FASTSAE_NS
@@ -41,7 +41,7 @@
 FASTSAE_TARGET_BEGIN("avx2,fma,f16c")
 #define FASTSAE_LEVEL 1
 #define FASTSAE_NS avx2
-#include "cpu/simd.h"
+#include "cpu/simd.inl"
 #include FASTSAE_KERNEL
 #undef FASTSAE_LEVEL
 #undef FASTSAE_NS
@@ -50,7 +50,7 @@ FASTSAE_TARGET_END
 FASTSAE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define FASTSAE_LEVEL 2
 #define FASTSAE_NS avx512
-#include "cpu/simd.h"
+#include "cpu/simd.inl"
 #include FASTSAE_KERNEL
 #undef FASTSAE_LEVEL
 #undef FASTSAE_NS
@@ -60,7 +60,7 @@ FASTSAE_TARGET_END
 FASTSAE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define FASTSAE_LEVEL 3
 #define FASTSAE_NS avx512_bf16
-#include "cpu/simd.h"
+#include "cpu/simd.inl"
 #include FASTSAE_KERNEL
 #undef FASTSAE_LEVEL
 #undef FASTSAE_NS

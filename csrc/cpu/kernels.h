@@ -4,63 +4,31 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
-#include <new>
 #include <optional>
 #include <tuple>
-#include <utility>
 
-#include "common/cpu_level.h"
 #include "common/dtypes.h"
+#include "common/tensor.h"
+#include "cpu/buffer.h"
+#include "cpu/support/cpu_level.h"
 
 namespace fastsae {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Calls f(T{}) with the storage type of `dtype`.
 template <class F>
 void with_float_type(ScalarType dtype, const char* op, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(bf16{});
-    case ScalarType::Half:
-      return f(fp16{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      STD_TORCH_CHECK(false, op, ": dtype ", torch::headeronly::toString(dtype),
-                      " is not one of float32, bfloat16, float16, float64");
-  }
+  with_dtype<true>(dtype, op, f);
 }
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// What memory safety needs; the messages that users see are Python's.
 inline void check_tensor(const char* op, const char* name, const Tensor& t,
                          std::initializer_list<int64_t> shape, ScalarType dtype) {
-  bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == dtype &&
-              t.is_contiguous() && t.is_cpu();
-  for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == shape.begin()[i];
-  STD_TORCH_CHECK(fits, op, ": ", name, " does not have the shape, dtype (",
-                  torch::headeronly::toString(dtype), ") or contiguous CPU layout that is needed");
+  check_layout(op, name, t, t.is_cpu(), shape, dtype);
 }
 
 // Throws before anything is followed when an index is outside [0, n_latents).
@@ -120,22 +88,6 @@ inline Tensor new_result(const Tensor& like, std::initializer_list<int64_t> shap
 #endif
   return out;
 }
-
-// Uninitialised memory, aligned to a cache line.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : p_(static_cast<T*>(::operator new(n * sizeof(T), kAlign))) {}
-  ~Scratch() { ::operator delete(p_, kAlign); }
-  Scratch(const Scratch&) = delete;
-  Scratch(Scratch&& other) noexcept : p_(std::exchange(other.p_, nullptr)) {}
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return p_; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  T* p_;
-};
 
 // The operator, for others that select (topk_encode.cpp).
 std::tuple<Tensor, Tensor> topk_encode_cpu(const Tensor& x, const Tensor& W_enc,

@@ -2,9 +2,9 @@
 // step moves the parameter and its two moments once each way and nothing else.
 #include <cmath>
 
-#include "common/group_by_latent.h"
 #include "common/moments.h"
 #include "cpu/kernels.h"
+#include "cpu/support/group_by_latent.h"
 
 namespace fastsae {
 
@@ -117,7 +117,7 @@ void sparse_adam_step_cpu(const Tensor& param, const Tensor& exp_avg, const Tens
     // A row's own update moves six rows of memory; the gathered ones are mostly in a cache.
     const auto run = [&](auto* weight, const auto& moments) {
       parallel_latents(groups, lazy ? &active : nullptr, 4, D, [&](int64_t begin, int64_t end) {
-        Scratch<A> scratch(2 * D);
+        Buffer<A> scratch(2 * D);
         FASTSAE_AT_LEVEL(level, adam_step, groups.view(), scalars, unit_norm, v, r, D, latents,
                          begin, end, scratch.get(), p, weight, moments);
       });

@@ -1,5 +1,5 @@
-#include "cpu/gradient_row.h"
-#include "cpu/moments.h"
+#include "cpu/gradient_row.inl"
+#include "cpu/moments.inl"
 
 namespace fastsae {
 namespace FASTSAE_NS {

@@ -28,7 +28,7 @@ Tensor sparse_decode_cpu(const Tensor& values, const Tensor& indices, const Tens
     const T *v = data<T>(values), *W = data<T>(W_dec);
     T* o = mutable_data<T>(out);
     parallel_ranges(N, K * D, [&](int64_t begin, int64_t end) {
-      Scratch<acc_t<T>> scratch(D + K);
+      Buffer<acc_t<T>> scratch(D + K);
       FASTSAE_AT_LEVEL(level, decode, v, index, W, bias, o, N, K, D, begin, end, scratch.get());
     });
   });

@@ -1,4 +1,4 @@
-#include "cpu/rows.h"
+#include "cpu/rows.inl"
 
 namespace fastsae {
 namespace FASTSAE_NS {

@@ -1,8 +1,8 @@
 // sparse_grad_weight: out[f] = sum over the pairs with indices[n, k] = f of values[n, k] rows[n],
 // dense or for the latents that occur only. Grouped by latent, so that every row of the result is
 // summed by one thread in one order: repeatable bit for bit.
-#include "common/group_by_latent.h"
 #include "cpu/kernels.h"
+#include "cpu/support/group_by_latent.h"
 
 #define FASTSAE_KERNEL "cpu/sparse_grad_weight.inl"
 #include "cpu/foreach_level.h"
@@ -35,7 +35,7 @@ void run(const char* op, const Factors& s, const Groups& groups, const Tensor& v
     const T *v = data<T>(values), *r = data<T>(rows);
     T* o = mutable_data<T>(out);
     parallel_latents(groups, latents, 1, s.D, [&](int64_t begin, int64_t end) {
-      Scratch<acc_t<T>> sum(s.D);
+      Buffer<acc_t<T>> sum(s.D);
       FASTSAE_AT_LEVEL(level, grad_weight, groups.view(), v, r, s.D, which, begin, end, sum.get(),
                        o);
     });

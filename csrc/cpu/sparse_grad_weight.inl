@@ -1,4 +1,4 @@
-#include "cpu/gradient_row.h"
+#include "cpu/gradient_row.inl"
 
 namespace fastsae {
 namespace FASTSAE_NS {

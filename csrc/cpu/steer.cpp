@@ -29,7 +29,7 @@ void steer_tokens(const SteerSite& site, const void* x, const bool* mask, const 
     using A = acc_t<T>;
     // a row is two passes of a cache's speed: 32 tokens of a small model are one thread's work
     parallel_ranges(M, D, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(D + 2 * O);
+      Buffer<A> scratch(D + 2 * O);
       FASTSAE_AT_LEVEL(level, steer_rows, static_cast<const T*>(x), static_cast<const T*>(site.enc),
                        static_cast<const T*>(site.dec), static_cast<const A*>(site.param),
                        site.code, site.slots, mask, member, static_cast<int>(site.norm),
@@ -137,11 +137,11 @@ bool steer_site(const SteerSite& site, const void* x, const bool* mask, int64_t 
     return true;
   }
   if (tokens > kCounted) return false;
-  Scratch<bool> member(tokens * site.O);
+  Buffer<bool> member(tokens * site.O);
   with_float_type(site.dtype, kOp, [&](auto zero) {
     using T = decltype(zero);
     const T *rows = static_cast<const T*>(x), *centre = static_cast<const T*>(site.centre);
-    Scratch<T> centred(centre ? tokens * site.D : 0);
+    Buffer<T> centred(centre ? tokens * site.D : 0);
     for (int64_t i = 0; centre && i < tokens * site.D; i += site.D) {
       for (int64_t d = 0; d < site.D; ++d) {
         centred.get()[i + d] = narrow<T>(widen(rows[i + d]) - widen(centre[d]));

@@ -27,8 +27,8 @@ constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 template <class Bits>
 struct Pairs {
   static constexpr int kPasses = (8 * sizeof(Bits) + kDigitBits - 1) / kDigitBits;
-  Scratch<Bits> orders;      // [2 * capacity]
-  Scratch<int32_t> indices;  // [2 * capacity]
+  Buffer<Bits> orders;      // [2 * capacity]
+  Buffer<int32_t> indices;  // [2 * capacity]
   Bits* order;
   int32_t* index;
   int64_t capacity, count = 0;
@@ -142,9 +142,9 @@ class RowSelector {
   int64_t m_, k_, capacity_, count_ = 0;
   bool streams_;
   A threshold_;
-  Scratch<A> rank_;
-  Scratch<int32_t> index_;
-  Scratch<Key> keys_;
+  Buffer<A> rank_;
+  Buffer<int32_t> index_;
+  Buffer<Key> keys_;
   Pairs<Bits> pairs_;
   Rows<A> rows_;
 };

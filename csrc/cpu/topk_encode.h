@@ -11,22 +11,32 @@ namespace topk {
 
 constexpr int kMaxCols = 32;  // latents of the widest tile
 
-// Scores of packed row panels against packed latent panels, appended to `rows`. What a place of a
+// Row panels [panel_begin, panel_end) of `a` against all latent panels of `b`. What a place of a
 // panel holds: products.inl.
 template <class T>
-struct PlainJob {
+struct Tiles {
   int64_t depth;                   // places of a row
-  int mr;                          // rows of one panel of A
+  int mr;                          // rows of one panel of a
   int64_t panel_begin, panel_end;  // row panels
-  int64_t n_rows;                  // valid rows of A
+  int64_t n_rows;                  // valid rows of a
   const T* a;                      // [panels][depth][mr]
   const T* b;                      // [latent panels][depth][nr]
   int64_t n_cols;                  // valid latents of b
   int64_t first;                   // index of the first latent of b
   int64_t block;                   // latent panels that fit in L2 beside a row panel
-  const T* bias;                   // [F] or null
-  const T* scale;                  // [F] or null
+};
+
+// Where scores go: into the k best of their rows.
+template <class T>
+struct ToRows {
+  const T* bias;   // [F] or null
+  const T* scale;  // [F] or null
   Rows<T>* rows;
+};
+
+template <class T>
+struct PlainJob : Tiles<T> {
+  ToRows<T> to;
 };
 
 // The filter's side of a row: bounds of the ranks of candidates not yet rescored, in order of
@@ -46,17 +56,20 @@ struct FilterRows {
 // Per latent of a chunk, padded to whole panels: rank = score * scale + bias, |error| <=
 // err_w * norm + err_dw * residual + the slack already inside lower and upper.
 struct FilterCols {
+  FilterCols() = default;
+  FilterCols(float* store, int64_t n)  // 5 * n of them
+      : scale(store), upper(scale + n), lower(upper + n), norm(lower + n), residual(norm + n) {}
   float *scale, *upper, *lower, *norm, *residual;
 };
 
-struct FilterJob {
-  int64_t depth;
-  int mr;
-  int64_t panel_begin, panel_end, n_rows;
-  const float *a, *b;
-  int64_t n_cols, first, block;
-  FilterCols cols;
+// Where bounds go: to the candidates of their rows.
+struct ToFilter {
+  FilterCols cols;  // of the chunk of latents
   FilterRows* rows;
+};
+
+struct FilterJob : Tiles<float> {
+  ToFilter to;
 };
 
 // Row panels against the latents [begin, end) of W as it lies, read once.
@@ -66,9 +79,8 @@ struct StreamJob {
   int mr;
   const T* a;  // [panels][depth][mr]
   const In* w;
-  const T *bias, *scale;
-  Rows<T>* rows;
   T* c;  // scratch [panels * mr * cols]
+  ToRows<T> to;
 };
 
 template <class T, class In>

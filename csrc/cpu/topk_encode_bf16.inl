@@ -4,8 +4,12 @@ using V16 = Vec<float>;
 constexpr int kBf16Cols = 32;
 
 // Appends every latent whose upper bound reaches the row's threshold (NaN bounds always do).
-static void emit_filter(const float* c, int64_t row, int n_rows, int n_cols, int64_t first,
-                        const FilterCols& cols, int64_t col, FilterRows* rows) {
+template <class A, int NV>
+static inline void take(const ToFilter& to, const float* c, int64_t row, int n_rows, int64_t first,
+                        int64_t col, int n_cols) {
+  static_assert(NV == 2, "32 latents");
+  const FilterCols& cols = to.cols;
+  FilterRows* rows = to.rows;
   const uint32_t valid = n_cols >= 32 ? ~0u : (1u << n_cols) - 1;
   __m512 scale[2], upper[2], norm[2], residual[2];
 #pragma GCC unroll 2
@@ -87,27 +91,6 @@ static void prune(FilterRows& rows, int64_t row, const float* ranks, int64_t kno
   rows.count[row] = static_cast<int32_t>(kept);
 }
 
-static void scan_filter(const FilterJob& job) {
-  alignas(64) float c[kMaxRows * kBf16Cols];
-  const int64_t panels = (job.n_cols + kBf16Cols - 1) / kBf16Cols;
-  for (int64_t block = 0; block < panels; block += job.block) {
-    const int64_t block_end = block + job.block < panels ? block + job.block : panels;
-    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
-      const float* a = job.a + p * job.mr * job.depth;
-      const int64_t row = p * job.mr;
-      const int n_rows = static_cast<int>(job.n_rows - row < job.mr ? job.n_rows - row : job.mr);
-      for (int64_t q = block; q < block_end; ++q) {
-        tile_rows<Product<bf16>, 2>(job.mr, job.depth, a, job.b + q * kBf16Cols * job.depth, false,
-                                    c);
-        const int64_t col = q * kBf16Cols;
-        const int n_cols =
-            static_cast<int>(job.n_cols - col < kBf16Cols ? job.n_cols - col : kBf16Cols);
-        emit_filter(c, row, n_rows, n_cols, job.first + col, job.cols, col, job.rows);
-      }
-    }
-  }
-}
-
 // 16 values as fp32 from position i of a row of d, zero past the end.
 template <class In>
 static inline __m512 load_fp32(const In* row, int64_t i, int64_t d) {
@@ -153,15 +136,5 @@ static void pack_bf16(const In* const* rows, int64_t d, float* out, float* squar
       square[half * 16 + r] = V16{sq[r]}.sum();
       residual[half * 16 + r] = V16{re[r]}.sum();
     }
-  }
-}
-
-// bf16 inputs need none: the products of their tiles are these.
-template <class A, class In>
-static void set_filter(Kernels<A, In>& t) {
-  if constexpr (sizeof(A) == 4 && Product<In>::kPer == 1) {
-    t.scan_filter = scan_filter;
-    t.prune = prune;
-    t.pack_bf16 = pack_bf16<In>;
   }
 }

@@ -1,32 +1,23 @@
-// The packing of topk_encode.cpp (part of that file): rows of x and of W_enc into the panels that
-// the kernels read, and with them the measured norms of the filter's error bound.
+// The packing of topk_encode: rows of x and of W_enc into the panels that the kernels read, and
+// with them the measured norms of the filter's error bound.
+#pragma once
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
 
-// Uninitialised, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n = 0) { resize(n); }
-  void resize(int64_t n) {
-    if (n <= 0) return;
-    void* p = nullptr;
-    if (posix_memalign(&p, 64, static_cast<size_t>(n) * sizeof(T)) != 0) throw std::bad_alloc();
-    data_.reset(static_cast<T*>(p));
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+#include "cpu/buffer.h"
+#include "cpu/kernels.h"
+#include "cpu/topk_encode.h"
 
- private:
-  std::unique_ptr<T, Free> data_;
-};
+namespace fastsae {
+namespace topk {
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows per panel: the smallest microkernel that needs no more panels than the widest.
-int panel_rows(int64_t n, int widest) {
+inline int panel_rows(int64_t n, int widest) {
   const int64_t panels = (n + widest - 1) / widest;
   const int64_t need = (n + panels - 1) / panels;
   for (int mr : {1, 2, 4, 6, 8, 10, 12, 14}) {
@@ -61,7 +52,7 @@ class Packing {
   // Rows r.. of x as [panels][depth][mr].
   void rows(int64_t r, int64_t n, int mr, A* out) const {
     const int64_t panels = (n + mr - 1) / mr, depth = this->depth();
-    parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
       alignas(64) A tmp[kPackDepth * kMaxCols];
       for (int64_t p = begin; p < end; ++p) {
         const In* rows[kMaxCols];
@@ -78,7 +69,7 @@ class Packing {
   // Rounded to pairs of bf16, [panels][pairs][mr], with square and residual [n].
   void rows_bf16(int64_t r, int64_t n, int mr, float* out, float* square, float* residual) const {
     const int64_t pairs = (d_ + 1) / 2, panels = (n + mr - 1) / mr;
-    parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
       Buffer<float> tmp(pairs * kMaxCols);
       float sq[kMaxCols], re[kMaxCols];
       for (int64_t p = begin; p < end; ++p) {
@@ -159,3 +150,6 @@ class Packing {
   int64_t d_;
   const A *bias_, *scale_;
 };
+
+}  // namespace topk
+}  // namespace fastsae

@@ -153,7 +153,7 @@ class Counter {
     FASTSAE_AT_BF16_LEVEL(p_.level, pair_scores<false>, x, rows, n, p_.D, out);
   }
   void score(const A* const* x, int64_t tokens, const In* w, int64_t n, A* out) const {
-    Scratch<A> panel(tokens > 1 ? kTokens * p_.D : 0);
+    Buffer<A> panel(tokens > 1 ? kTokens * p_.D : 0);
     FASTSAE_AT_BF16_LEVEL(p_.level, topk_member::scores, x, tokens, w, n, p_.D, panel.get(), out);
   }
   void code_score(const int16_t* const* q, int64_t tokens, const int8_t* codes, int64_t n,
@@ -375,9 +375,9 @@ class Counter {
   const Problem<In>& p_;
   const In* x_;
   bool* member_;
-  Scratch<A> wide_;      // [N, D] where x is narrower
-  Scratch<int16_t> q_;   // [N, D] with a screen
-  Scratch<Pair> pairs_;  // J places a token, filled from the first
+  Buffer<A> wide_;      // [N, D] where x is narrower
+  Buffer<int16_t> q_;   // [N, D] with a screen
+  Buffer<Pair> pairs_;  // J places a token, filled from the first
   std::unique_ptr<std::atomic<int32_t>[]> counts_;
   std::vector<Token> open_;
   int64_t done_ = 0;    // latents that all open tokens were compared with

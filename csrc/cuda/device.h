@@ -2,14 +2,11 @@
 // checks.
 //
 // All shared memory is dynamic, so that a kernel's layout is one struct. With FASTSAE_ON_HOST the
-// same files compile as C++ against tests/support/cuda_on_host.h and run on the CPU; they register for CPU
-// tensors then.
+// same files compile as C++ against tests/support/cuda_on_host.h and run on the CPU; they register
+// for CPU tensors then.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -26,12 +23,10 @@
 #endif
 
 #include "common/dtypes.h"
+#include "common/tensor.h"
 
 namespace fastsae {
 namespace cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -117,26 +112,7 @@ class Queue {
 // Calls f(T{}) with the storage type of `dtype`.
 template <class F>
 void with_gpu_float(ScalarType dtype, const char* op, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(bf16{});
-    case ScalarType::Half:
-      return f(fp16{});
-    default:
-      STD_TORCH_CHECK(false, op, ": dtype ", torch::headeronly::toString(dtype),
-                      " is not one of float32, bfloat16, float16");
-  }
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+  with_dtype<false>(dtype, op, f);
 }
 
 // A workspace of n elements on the device of `like`. Its size depends on shapes only.
@@ -145,15 +121,11 @@ Tensor workspace(const Tensor& like, int64_t n) {
   return torch::stable::new_empty(like, {n * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
 }
 
-// What memory safety needs; the messages that users see are Python's.
+// `t` must lie on the device of `like`.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, const Tensor& like,
                          std::initializer_list<int64_t> shape, ScalarType dtype) {
-  bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == dtype &&
-              t.is_contiguous() && t.is_cpu() == like.is_cpu() &&
-              t.get_device_index() == like.get_device_index();
-  for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == shape.begin()[i];
-  STD_TORCH_CHECK(fits, op, ": ", name, " does not have the shape, dtype (",
-                  torch::headeronly::toString(dtype), ") or contiguous layout that is needed");
+  const bool here = t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index();
+  check_layout(op, name, t, here, shape, dtype);
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,8 +1,8 @@
 // What sm_90a has beyond SIMT: clusters, asynchronous tile loads, barriers that count bytes, tensor
 // cores that a group of four warps feeds from shared memory.
 //
-// With FASTSAE_ON_HOST all of it is emulated by tests/support/hopper_on_host.h. Where FASTSAE_HOPPER is 0,
-// for other architectures, kernels that need it must be empty.
+// With FASTSAE_ON_HOST all of it is emulated by tests/support/hopper_on_host.h. Where
+// FASTSAE_HOPPER is 0, for other architectures, kernels that need it must be empty.
 #pragma once
 
 #include <type_traits>

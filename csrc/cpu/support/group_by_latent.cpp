@@ -1,4 +1,4 @@
-#include "common/group_by_latent.h"
+#include "cpu/support/group_by_latent.h"
 
 namespace fastsae {
 namespace {
@@ -25,7 +25,7 @@ Groups group_by_latent(const char* op, const int32_t* indices, int64_t N, int64_
   STD_TORCH_CHECK(P <= INT32_MAX && F <= INT32_MAX, op, ": N * K = ", P, " and n_latents = ", F,
                   " must be below 2^31");
   check_indices(op, indices, P, F);
-  Groups groups{F, P, Scratch<uint32_t>(F + 1), Scratch<int32_t>(P), Scratch<uint32_t>(P)};
+  Groups groups{F, P, Buffer<uint32_t>(F + 1), Buffer<int32_t>(P), Buffer<uint32_t>(P)};
   uint32_t* offset = groups.offset.get();
   if (P == 0) {
     std::fill(offset, offset + F + 1, 0u);
@@ -55,7 +55,7 @@ Groups group_by_latent(const char* op, const int32_t* indices, int64_t N, int64_
     }
   }
   bucket_begin[buckets] = total;
-  Scratch<Pair> pairs(P);
+  Buffer<Pair> pairs(P);
   parallel_each(parts, parts, [&](int64_t part) {
     uint32_t* to = cursor.data() + part * buckets;
     for (int64_t p = part_begin(part); p < part_begin(part + 1); ++p) {

@@ -1,6 +1,6 @@
 // The gradient row of one latent, summed from its pairs. Included by the .inl of an operator, once
 // per CPU level; no include guard.
-#include "cpu/rows.h"
+#include "cpu/rows.inl"
 
 namespace fastsae {
 namespace FASTSAE_NS {

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/cpu_level.h"
+#include "cpu/support/cpu_level.h"
 
-#define FASTSAE_KERNEL "common/bf16_rate.inl"
+#define FASTSAE_KERNEL "cpu/support/bf16_rate.inl"
 #define FASTSAE_KERNEL_BF16
 #include "cpu/foreach_level.h"
 

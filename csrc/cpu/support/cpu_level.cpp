@@ -1,4 +1,4 @@
-#include "common/cpu_level.h"
+#include "cpu/support/cpu_level.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -18,9 +18,9 @@ struct GroupsView {
 // Pairs of latent f are [offset[f], offset[f + 1]), in the order of their position n * K + k.
 struct Groups {
   int64_t n_latents, n_pairs;
-  Scratch<uint32_t> offset;    // [F + 1]
-  Scratch<int32_t> token;      // [N * K]: n
-  Scratch<uint32_t> position;  // [N * K]: n * K + k
+  Buffer<uint32_t> offset;    // [F + 1]
+  Buffer<int32_t> token;      // [N * K]: n
+  Buffer<uint32_t> position;  // [N * K]: n * K + k
 
   // The latents that occur, ascending.
   std::vector<int32_t> active() const;
