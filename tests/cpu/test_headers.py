@@ -31,7 +31,7 @@ def test_the_headers_of_the_cpu_stand_alone():
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if cxx is None:
         pytest.skip("no C++ compiler")
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", f"-I{CSRC}"]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-fsyntax-only", f"-I{CSRC}"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-isystem", str(Path(torch.__file__).parent / "include"), "-x", "c++", "-"]
 

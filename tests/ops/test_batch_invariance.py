@@ -30,7 +30,7 @@ THREADS = (1, 2, 3, 5)
 
 def switches() -> set[int]:
     """Numbers of rows by which the C++ kernels choose how to compute."""
-    sources = (Path(__file__).parents[2] / "csrc/cpu").iterdir()
+    sources = (Path(__file__).parents[2] / "csrc/cpu").rglob("*.*")
     found = [
         re.findall(r"constexpr int\w* k\w*(?:Rows|Tokens|Few\w*|Counted) = (\d+);", s.read_text())
         for s in sources
