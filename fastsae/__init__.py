@@ -5,13 +5,17 @@ consume gradients in factored form. `fastsae.use_backend`, `fastsae.explain` and
 choose and show backends; `fastsae verify` checks every kernel on this machine.
 """
 
-from . import nn, ops, optim
-from ._dispatch import explain, use_backend
-from ._version import __version__
-from ._warnings import KernelCheckWarning, SlowFallbackWarning
-from .info import info
-from .nn import TopKSAE
-from .optim import FusedAdam
+from ._waiting import wait_passively
+
+wait_passively()  # before torch is loaded
+
+from . import nn, ops, optim  # noqa: E402
+from ._dispatch import explain, use_backend  # noqa: E402
+from ._version import __version__  # noqa: E402
+from ._warnings import KernelCheckWarning, SlowFallbackWarning  # noqa: E402
+from .info import info  # noqa: E402
+from .nn import TopKSAE  # noqa: E402
+from .optim import FusedAdam  # noqa: E402
 
 __all__ = [
     "FusedAdam",

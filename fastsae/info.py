@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _library, _verified
+from . import _dispatch, _library, _verified, _waiting
 from ._version import __version__
 
 
@@ -40,6 +40,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "waiting": _waiting.chosen(),  # how idle threads wait; None: they spin for a while
         "cpu_kernels": {
             "built": cpu_built,
             "missing": _library.CPU_MISSING,

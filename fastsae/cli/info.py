@@ -8,6 +8,10 @@ from typing import Any
 import typer
 
 
+def _waits(setting: str | None) -> str:
+    return f"wait by {setting}" if setting else "spin for a while"
+
+
 def info(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead."),
 ) -> None:
@@ -30,7 +34,7 @@ def info(
         "triton": found["triton"] or "not installed",
         "Python": found["python"],
         "platform": found["platform"],
-        "threads": found["threads"],
+        "threads": f"{found['threads']}, idle ones {_waits(found['waiting'])}",
         "GPUs": ", ".join(found["gpus"]) or "none",
         "C++ kernels": (
             f"{kernels['level']} (this CPU has {', '.join(kernels['levels'])})"
