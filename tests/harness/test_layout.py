@@ -43,11 +43,12 @@ def test_every_op_has_notes_that_open_with_what_holds(stem):
 
 
 def test_every_op_has_a_triton_kernel():
-    assert not {stem for stem in STEMS if not (ROOT / f"triton_kernels/{stem}.py").is_file()}
+    """A file, or a folder where it has several designs."""
+    assert set(STEMS) <= {p.stem for p in (ROOT / "triton_kernels").glob("[!_]*")}
 
 
 @pytest.mark.parametrize(
-    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*.py")]
+    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*")]
 )
 def test_no_kernel_file_is_an_orphan(folder, pattern):
     orphans = [p.name for p in (ROOT / folder).glob(pattern) if p.stem not in STEMS]
