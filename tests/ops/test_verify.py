@@ -154,6 +154,20 @@ def test_a_fault_is_found(monkeypatch, op, fault):
 # ---- the record -------------------------------------------------------------------------------
 
 
+def test_a_record_ends_with_a_change_to_a_kernel(monkeypatch, tmp_path):
+    """Wherever below the folder of the kernels its file lies."""
+    monkeypatch.setattr(_verified, "__file__", str(tmp_path / "_verified.py"))
+    found = {_verified._kernels("cuda")}
+    for name in ("topk.py", "topk_encode/__init__.py", "topk_encode/fused.py"):
+        path = tmp_path / "triton_kernels" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("one")
+        found.add(_verified._kernels("cuda"))
+        path.write_text("two")
+        found.add(_verified._kernels("cuda"))
+    assert len(found) == 7
+
+
 def test_a_record_is_kept_by_device_and_kernels(records, monkeypatch):
     record = Record(CPU)
     assert record[ONE].state == UNKNOWN
