@@ -359,7 +359,11 @@ SOURCES = {
 
 if __name__ == "__main__":  # tests import the functions above
     setup(
-        packages=[*find_packages(include=["fastsae", "fastsae.*"]), "fastsae.triton_kernels"],
+        packages=[
+            *find_packages(include=["fastsae", "fastsae.*"], exclude=["fastsae.triton_kernels*"]),
+            "fastsae.triton_kernels",
+            *(f"fastsae.triton_kernels.{name}" for name in find_packages("triton_kernels")),
+        ],
         package_dir={"fastsae.triton_kernels": "triton_kernels"},
         ext_modules=[
             Extension(name, files, py_limited_api=True) for name, files in SOURCES.items()

@@ -1,8 +1,8 @@
-"""How often the fp8 filter of topk_encode misses a latent, on trained weights and real activations.
+"""How often topk_encode by "fp8" misses a latent, on trained weights and real activations.
 
     python benchmarks/fp8_recall.py --cache DIR [--tokens 40000]
 
-The arithmetic of triton_kernels/_topk_encode_fp8.py in PyTorch: rows scaled by a power of two and
+The arithmetic of triton_kernels/topk_encode/fp8.py in PyTorch: rows scaled by a power of two and
 rounded to e4m3, products summed in fp32, margin of S sigma plus the tensor cores' part. A pair is
 violated when its fp32 score lies outside of the margin; a latent is missed when it is one of the
 exact K and its upper bound is below the K-th largest lower bound, which takes an error of about

@@ -179,8 +179,8 @@ BOUNDED, FUSED = ("triton bounded",), ("triton fused", "triton fp8")  # fp32, an
 
 
 def encode(piece: Piece) -> None:
-    """Backends, and designs of the Triton encoder, forced: their table in
-    triton_kernels/topk_encode.py is a prediction until these rows decide it."""
+    """Backends, and designs of the Triton encoder, forced: their order in
+    triton_kernels/topk_encode/ is a prediction until these rows decide it."""
     ceilings(piece)
     for shape in (BIG, NARROW):
         size = piece.size(*shape)

@@ -37,23 +37,12 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {op: {"cpu": _ON_CPU, "cuda": _ON
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOW_DTYPES = (torch.bfloat16, torch.float16)
 _OLDEST_GPU = (8, 0)  # what the kernels are compiled for: bf16 products, asynchronous copies
 
-# Ways of computing an op in one backend, each proved by itself, and the dtypes that each takes. Of
-# the first table `design_of` in the kernel's file chooses by shape; the others must be asked for.
-DESIGNS: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
-    ("topk_encode", "triton"): {
-        "chunked": _GPU_DTYPES,
-        "bounded": (torch.float32,),
-        "fused": _LOW_DTYPES,
-    },
-}
-ASKED_FOR: dict[tuple[str, str], dict[str, tuple[torch.dtype, ...]]] = {
-    # "hopper" has not run on a GPU, and a fault in it could hang: only checks, benchmarks and a
-    # direct call of the kernel with design="hopper" reach it. "fp8" can miss a latent.
-    ("topk_encode", "triton"): {"hopper": _LOW_DTYPES, "fp8": _GPU_DTYPES},
-}
+# Ops that Triton kernels compute by one of several designs: the op whose kernel has their table,
+# which says what each needs and takes, and where in a call k stands. topk_member's kernel calls
+# that of topk_encode. The one design of any other op is "default".
+_DESIGNED = {"topk_encode": ("topk_encode", 3), "topk_member": ("topk_encode", 4)}
 
 # Kinds of device whose kernels must have passed their checks; tests add to it.
 GUARDED = {"cpu", "cuda"}
@@ -159,6 +148,14 @@ def _missing(op: str, backend: str, device: torch.device | str, dtype: torch.dty
     return _too_old(device) or _no_image(device)
 
 
+def _table(op: str, backend: str) -> tuple[Any, ...]:
+    """The designs of `op` itself in a backend; () where it has one."""
+    if backend != "triton" or _DESIGNED.get(op, ("",))[0] != op:
+        return ()
+    table: tuple[Any, ...] = getattr(_triton_module(op), "DESIGNS", ())
+    return table
+
+
 def designs(op: str, backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, ...]]:
     """The ways in which `backend` can compute `op` on a device, and the dtypes of each: what there
     is to check. On a CPU they are the instruction-set levels."""
@@ -170,34 +167,27 @@ def designs(op: str, backend: str, device: torch.device) -> dict[str, tuple[torc
         device.type == "cpu" and backend == "triton" and not isinstance(_triton_module(op), str)
     ):  # a process of its own can interpret the Triton kernels
         return {}
-    table = _designs_of(op, backend, device) | ASKED_FOR.get((op, backend), {})
-    return {d: t for d, t in table.items() if _is_offered(op, backend, d, device)}
-
-
-def _designs_of(op: str, backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, ...]]:
-    """Those that a call without a wish may take."""
-    table = DESIGNS.get((op, backend), {"default": _GPU_DTYPES})
-    return {d: t for d, t in table.items() if _is_offered(op, backend, d, device)}
-
-
-def _is_offered(op: str, backend: str, design: str, device: torch.device) -> bool:
-    """Whether the device has what a design needs."""
-    if (op, backend) not in DESIGNS:
-        return True
-    offered: bool = _triton_module(op).offered(design, device)
-    return offered
+    table = [d for d in _table(op, backend) if d.unavailable(device) is None]
+    return {d.name: d.dtypes for d in table} or {"default": _GPU_DTYPES}
 
 
 # ---- what has been proved ---------------------------------------------------------------------
 
 
 def _candidates(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> list[Check]:
-    """The checks that stand between a call without a wish and `backend`."""
+    """Of `op` itself, the checks that stand between a call that names no design and `backend`."""
     name = str(dtype).removeprefix("torch.")
     if backend == "cpu":
         return [Check(op, backend, torch.ops.fastsae._cpu_level(), name)]
-    table = _designs_of(op, backend, device)
-    return [Check(op, backend, design, name) for design, takes in table.items() if dtype in takes]
+    table = [d for d in _table(op, backend) if d.asked_for is None and dtype in d.dtypes]
+    found = [Check(op, backend, d.name, name) for d in table if d.unavailable(device) is None]
+    return found or [Check(op, backend, "default", name)]
+
+
+def _within(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> list[Check]:
+    """The checks of the op that `backend`'s kernel of `op` calls; [] where it calls none."""
+    inner = _DESIGNED.get(op, (op,))[0] if backend == "triton" else op
+    return [] if inner == op else _candidates(inner, backend, device, dtype)
 
 
 def _is_guarded(device: torch.device, backend: str) -> bool:
@@ -363,21 +353,19 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[tuple[str, Callable[..
         run = _implementation(op, backend)
         if _is_guarded(device, backend):
             results = _proved(op, backend, device, dtype)
-            within = _within(op, backend, device, dtype)
-            for check, result in (results | within).items():
+            for check, result in results.items():
                 if result.state != PASSED:
                     _warn(check, result, device)
                     if result.state == UNKNOWN:
                         unproved = check
-            trusted = frozenset(c.design for c, r in results.items() if r.state == PASSED)
-            if not trusted or (within and not any(w.state == PASSED for w in within.values())):
+            passed = [c for c, r in results.items() if r.state == PASSED]
+            if {c.op for c in passed} != {c.op for c in results}:
                 reasons.append(f"the {backend} kernels did not pass their checks here")
                 continue
-            if backend != "cpu" and len(trusted) < len(results):
+            if backend == "triton" and len(passed) < len(results):
+                inner = _DESIGNED[op][0]
+                trusted = frozenset(c.design for c in passed if c.op == inner)
                 run = partial(_some_designs, key, order[i + 1 :], run, trusted)
-            if any(w.state != PASSED for w in within.values()):
-                passed = frozenset(c.design for c, w in within.items() if w.state == PASSED)
-                run = partial(_some_within, key, order[i + 1 :], run, passed)
         elif backend == "reference":
             if unproved is not None:
                 from .verify import first_use
@@ -393,32 +381,22 @@ def _first_of(order: tuple[str, ...], key: _Key) -> tuple[tuple[str, Callable[..
 def _some_designs(
     key: _Key, rest: tuple[str, ...], run: Callable[..., Any], trusted: frozenset[str], *args: Any
 ) -> Any:
-    """A backend of which some designs failed: calls that need those go to the next one."""
-    design = _triton_module(key[0]).design_of(args[0], args[1], args[3], trusted)
-    if design is None:
+    """Triton kernels of which some designs failed: calls that need those go to the next backend."""
+    inner, k = _DESIGNED[key[0]]
+    if _triton_module(inner).design_of(args[0], args[1], args[k], trusted) is None:
         return _one_of(rest, key)(*args)
-    return run(*args, design=design)
-
-
-def _some_within(
-    key: _Key, rest: tuple[str, ...], run: Callable[..., Any], passed: frozenset[str], *args: Any
-) -> Any:
-    """topk_member on a backend of whose topk_encode some designs failed."""
-    x, W_enc, k = args[0], args[1], args[4]
-    tokens = x.view(-1, x.shape[-1])
-    if _triton_module("topk_encode").design_of(tokens, W_enc, k, passed) is None:
-        return _one_of(rest, key)(*args)
-    return run(*args, trusted=passed)
+    return run(*args, trusted=trusted)
 
 
 def _proved(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[Check, Result]:
-    """The checks that stand between a call without a wish and `backend`.
+    """The checks that stand between a call that names no design and `backend`.
 
     On a CPU those of its level and, while they fail, of the ones below; the first that passes comes
     into force, for everything.
     """
     if backend != "cpu":
-        return _results(_candidates(op, backend, device, dtype), device)
+        wanted = _candidates(op, backend, device, dtype) + _within(op, backend, device, dtype)
+        return _results(wanted, device)
     results: dict[Check, Result] = {}
     before = torch.ops.fastsae._cpu_level()
     for check in _levels(op, dtype):
@@ -442,16 +420,6 @@ def _levels(op: str, dtype: torch.dtype) -> list[Check]:
     return [Check(op, "cpu", level, name) for level in reversed(levels[: at + 1])]
 
 
-# Ops whose kernels call another op's: only its designs that have passed are used there.
-_BUILT_ON = {("topk_member", "triton"): "topk_encode"}
-
-
-def _within(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[Check, Result]:
-    """The checks of the op that `backend`'s kernel of `op` calls; {} where it calls none."""
-    inner = _BUILT_ON.get((op, backend))
-    return {} if inner is None else _results(_candidates(inner, backend, device, dtype), device)
-
-
 def select(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for tensors like this one."""
     key = op, tensor.device, tensor.dtype, _forced
@@ -464,22 +432,36 @@ def backend_of(op: str, tensor: torch.Tensor) -> str:
     return (_selected.get(key) or _select(key))[0]
 
 
-def required(op: str, backend: str, design: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of `op` by one design of a backend, whatever is forced.
+def required(
+    op: str, design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int
+) -> Callable[..., Any]:
+    """The implementation of `op` by a design that the call names, whatever is forced.
 
     Raises:
+        ValueError: there is no such design.
         RuntimeError: it cannot run, or did not pass its check on this device.
     """
-    _, run = _select((op, tensor.device, tensor.dtype, backend))
-    if _is_guarded(tensor.device, backend):
-        check = Check(op, backend, design, str(tensor.dtype).removeprefix("torch."))
-        result = _results([check], tensor.device)[check]
+    why = _cannot(op, design, x, W_enc, k)
+    if why is None and _is_guarded(x.device, "triton"):
+        check = Check(op, "triton", design, str(x.dtype).removeprefix("torch."))
+        result = _results([check], x.device)[check]
         if result.state != PASSED:
-            raise RuntimeError(
-                f"{op}: design {design!r} was asked for and is not proved on {tensor.device}: "
-                f"{result.reason}. `fastsae verify --op {op}` checks it."
+            why = (
+                f"it is not proved on {x.device}: {result.reason}. `fastsae verify --op {op}` "
+                "checks it"
             )
-    return partial(run, design=design)
+    if why is not None:
+        raise RuntimeError(f"{op}: design {design!r} was asked for and cannot run: {why}")
+    return partial(_implementation(op, "triton"), design=design)
+
+
+def _cannot(op: str, design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) -> str | None:
+    """Why a design cannot run a call; None when it can."""
+    table = {d.name: d for d in _table(op, "triton")}
+    if table and design not in table:
+        raise ValueError(f"{op}: design must be None or one of {list(table)}, got {design!r}")
+    why = _missing(op, "triton", x.device, x.dtype)
+    return why if why is not None else table[design].refuses(x, W_enc, k)
 
 
 def forced() -> str | None:
@@ -515,23 +497,34 @@ def use_backend(name: str | None) -> Any:
 # ---- saying what would be chosen --------------------------------------------------------------
 
 
-def _states(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+_LATER = "not checked"
+
+
+def _states(checks: list[Check], device: torch.device) -> dict[str, str]:
     """What the record says of the designs that a call may take; nothing is run."""
-    if not _is_guarded(device, backend):
+    if not checks or not _is_guarded(device, checks[0].backend):
         return {}
     record = _verified.record(device)
     record.refresh()
     found = {}
-    wanted = _candidates(op, backend, device, dtype)
-    for check in _levels(op, dtype) if backend == "cpu" else wanted:
+    for check in checks:
         result = record[check]
+        until, tried = _put_off.get((check, device), (0.0, result))
+        left = until - time.monotonic()
         if result.state in (PASSED, FAILED):
             found[check.design] = result.state + (f": {result.reason}" if result.reason else "")
+        elif left > 0:
+            found[check.design] = f"{_LATER}: {tried.reason}; tried again in {left:.0f} s"
         else:
             found[check.design] = "unknown: checked at first use"
-        if backend == "cpu" and result.state != FAILED:
+        if check.backend == "cpu" and result.state != FAILED:
             break  # the level that a call would take
     return found
+
+
+def _is_usable(state: str) -> bool:
+    """Whether a call would take a design in this state, if what is not yet checked passes."""
+    return not state.startswith((FAILED, _LATER))
 
 
 def verdicts(op: str, device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
@@ -541,12 +534,24 @@ def verdicts(op: str, device: torch.device | str, dtype: torch.dtype) -> list[Ch
     order += tuple(b for b in BACKENDS if b not in order)
     found = []
     for backend in order:
-        missing = _missing(op, backend, device, dtype)
-        states = {} if missing else _states(op, backend, device, dtype)
-        if states and all(s.startswith(FAILED) for s in states.values()):
-            missing = "failed its known-answer check on this device"
+        missing, states = _missing(op, backend, device, dtype), {}
+        if missing is None and backend != "reference":
+            cpu = backend == "cpu"
+            own = _levels(op, dtype) if cpu else _candidates(op, backend, device, dtype)
+            states = _states(own, device)
+            inner = _states(_within(op, backend, device, dtype), device)
+            missing = _unproved(states) or _unproved(inner, "the kernel that it calls ")
         found.append(Choice(backend, missing, states))
     return found
+
+
+def _unproved(states: dict[str, str], whose: str = "") -> str | None:
+    """Why none of the designs in these states would be used; None when one would."""
+    if not states or any(map(_is_usable, states.values())):
+        return None
+    failed = all(state.startswith(FAILED) for state in states.values())
+    why = "failed its known-answer check" if failed else "could not be checked"
+    return f"{whose}{why} on this device"
 
 
 def chosen(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -565,31 +570,89 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
             for an op with several designs the shapes. Without a tensor among them, fp32 on the CPU
             is assumed.
 
+    Nothing is run: a kernel without a record of its check is taken to pass it.
+
     Raises:
-        ValueError: unknown op.
+        ValueError: unknown op or design.
     """
     if op not in OPS:
         raise ValueError(f"explain: unknown op {op!r}, one of {', '.join(OPS)}")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    names = [a.name for a in getattr(torch.ops.fastsae, op).default._schema.arguments]
+    call = dict(zip(names, args)) | kwargs
+    tensors = [a for a in call.values() if isinstance(a, torch.Tensor)]
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     device, dtype = like.device, like.dtype
-    backend, designs = chosen(op, device, dtype), {}
-    lines = [f"{op} on {device}, {dtype}: {backend}" + (" (forced)" if _forced else "")]
+    asked, backend, lines = call.get("design"), None, []
     for choice in verdicts(op, device, dtype):
-        lines.append(f"  {choice.backend}: {choice.missing or 'usable'}")
-        lines += [f"    {design}: {state}" for design, state in choice.designs.items()]
-        if choice.backend == backend:
-            designs = choice.designs
-    usable = [design for design, state in designs.items() if not state.startswith(FAILED)]
+        designs, missing = choice.designs, choice.missing
+        if backend is None and asked is None and _forced in (None, choice.backend):
+            designs, missing = _told(op, choice, call)
+            if missing is None or _forced is not None:
+                backend = choice.backend
+                levels = [level for level, state in choice.designs.items() if _is_usable(state)]
+        lines.append(f"  {choice.backend}: {missing or 'usable'}")
+        lines += [f"    {design}: {state}" for design, state in designs.items()]
+    what = f"{backend} (forced)" if _forced else backend
+    if asked is not None:
+        what = _named(op, asked, call)
+    lines.insert(0, f"{op} on {device}, {dtype}: {what}")
     if backend == "cpu" and _library.CPU_MISSING is None:
-        level = usable[0] if usable else torch.ops.fastsae._cpu_level()
-        lines.append(f"  C++ level: {level}")
-    if (op, backend) in DESIGNS and len(tensors) > 1:
-        k = kwargs.get("k", args[3] if len(args) > 3 else None)
-        trusted = frozenset(usable) if designs and _forced is None else None
-        if isinstance(k, int):
-            lines.append(f"  design: {_triton_module(op).design_of(*tensors[:2], k, trusted)}")
+        lines.append(f"  C++ level: {levels[0] if levels else torch.ops.fastsae._cpu_level()}")
     copies = [tuple(t.shape) for t in tensors if not t.is_contiguous()]
     if copies:
         lines.append(f"  copied first, not contiguous: {', '.join(map(str, copies))}")
     return "\n".join(lines)
+
+
+def _told(op: str, choice: Choice, call: dict[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Of each design of a backend whether a call takes it, or why not; and why it takes none."""
+    given = _given(op, call)
+    if choice.missing is not None or choice.backend != "triton" or given is None:
+        return choice.designs, choice.missing
+    inner, device, dtype = _DESIGNED[op][0], _device(given[0].device), given[0].dtype
+    wanted = [] if _forced else _candidates(inner, "triton", device, dtype)
+    states = _states(wanted, device)
+    found, before = {} if inner == op else dict(choice.designs), None
+    for design in _table(inner, "triton"):
+        state = states.get(design.name, "")
+        why = design.refuses(*given) or design.why_not(*given)
+        if why is None and not _is_usable(state):
+            why = state
+        if why is None and before is not None:
+            why = f"{before} comes before it"
+        if why is None:
+            before, why = design.name, f"takes this call{f' ({state})' if state else ''}"
+        found[design.name if inner == op else f"{inner} {design.name}"] = why
+    return found, None if before is not None else "no design that may be used takes this call"
+
+
+def _named(op: str, design: str, call: dict[str, Any]) -> str:
+    """What comes of a call that names its design."""
+    given = _given(op, call)
+    why, state = None, ""
+    if given is not None:
+        x = given[0]
+        why = _cannot(op, design, *given)
+        check = Check(op, "triton", design, str(x.dtype).removeprefix("torch."))
+        state = _states([check], _device(x.device)).get(design, "")
+        if why is None and not _is_usable(state):
+            why = state
+    if why is not None:
+        return f"design {design!r} was asked for and cannot run: {why}"
+    return f"triton, design {design!r} (asked for)" + (f", {state}" if state else "")
+
+
+def _given(op: str, call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """x, W_enc and k of a call of an op with several designs, W_enc as the kernel gets it; None for
+    another op, and where one of them is not given."""
+    x, W_enc, k = (call.get(name) for name in ("x", "W_enc", "k"))
+    if op not in _DESIGNED or not (
+        isinstance(x, torch.Tensor) and isinstance(W_enc, torch.Tensor) and isinstance(k, int)
+    ):
+        return None
+    some = call.get("latents") if op == "topk_encode" else None
+    if some is not None or not W_enc.is_contiguous():
+        # the kernel gets a copy, of which a design looks at shape and address
+        rows = len(W_enc if some is None else some)
+        W_enc = torch.empty(rows, W_enc.shape[1], dtype=W_enc.dtype, device="meta")
+    return x, W_enc, k

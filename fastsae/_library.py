@@ -24,7 +24,7 @@ PUBLIC_SCHEMAS = {
     "topk": "(Tensor x, SymInt k) -> (Tensor values, Tensor indices)",
     "topk_encode": (
         "(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str activation='relu', "
-        "Tensor? rank_scale=None, Tensor? latents=None, str filter='exact') "
+        "Tensor? rank_scale=None, Tensor? latents=None, str? design=None) "
         "-> (Tensor values, Tensor indices)"
     ),
     "topk_member": (

@@ -77,7 +77,7 @@ def _kernels(kind: str) -> str:
     folder = home / "triton_kernels"
     if not folder.exists():  # a checkout has it beside the package
         folder = home.parent / "triton_kernels"
-    sources = sorted(folder.glob("*.py"))
+    sources = sorted(folder.rglob("*.py"))
     return _digest([home / "_cuda.abi3.so", *sources])
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of fastsae: one file per operator, jitted kernels and their launchers.
+"""Triton kernels of fastsae: one file or folder per operator, jitted kernels and their launchers.
 
 This folder is packaged as `fastsae.triton_kernels`.
 """

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ._blocks import POINTERS, on_device
 from ._configuration import Configuration
-from ._topk_encode_keys import MAX_SORTED, BestKeys, key_column, order_keys
+from .topk_encode.keys import MAX_SORTED, BestKeys, key_column, order_keys
 
 _WORKSPACE = 160 << 20
 _DIGIT = 11

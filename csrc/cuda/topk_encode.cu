@@ -2,7 +2,7 @@
 //
 // scores = x W^T for some columns, in tiles of 128 tokens x 256 latents that are never stored: of
 // every 8 scores that a thread holds of a token, the largest is compared with the token's
-// threshold, and the 8 are recorded where it is above. triton_kernels/_topk_encode_fused.py makes
+// threshold, and the 8 are recorded where it is above. triton_kernels/topk_encode/fused.py makes
 // the thresholds and selects from the records; its own product does the same by Triton.
 //
 // A cluster is two blocks with the same latents and different tokens: each loads half of the

@@ -209,8 +209,8 @@ def design(name: str, size: Size, given: Inputs) -> Callable[[int], Any]:
 
     def call(i: int) -> Any:
         kernels = importlib.import_module("fastsae.triton_kernels.topk_encode")
-        if not kernels.runs(name, x, w, size.k):
-            raise NotImplementedError(f"the design {name!r} does not take this call here")
+        if (why := kernels.named(name).refuses(x, w, size.k)) is not None:
+            raise NotImplementedError(f"design {name!r}: {why}")
         return kernels.topk_encode(x, w, given.b, size.k, True, None, design=name)
 
     return call

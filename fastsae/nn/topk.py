@@ -73,7 +73,7 @@ class TopKSAE(SparseCoder):
 
     config_class = TopKConfig
     config: TopKConfig
-    filter: str = "exact"  # of `encode`, see `fastsae.ops.topk_encode`; not saved
+    design: str | None = None  # of `encode`, see `fastsae.ops.topk_encode`; not saved
 
     @property
     def k(self) -> int:
@@ -117,7 +117,7 @@ class TopKSAE(SparseCoder):
             self.k,
             activation=self.config.activation,
             rank_scale=self._rank_scale(),
-            filter=self.filter,
+            design=self.design,
         )
         return self._tracked(Code(values, indices))
 

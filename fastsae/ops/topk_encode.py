@@ -11,7 +11,6 @@ from . import _common, _factors
 
 _OP = "topk_encode"
 _ACTIVATIONS = ("relu", "identity")
-_FILTERS = ("exact", "fp8")
 
 
 def topk_encode(
@@ -23,7 +22,7 @@ def topk_encode(
     activation: str = "relu",
     rank_scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
-    filter: str = "exact",
+    design: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""The k largest latents of every token, `act(top_k(x W_enc^T + b_enc))`.
 
@@ -43,9 +42,15 @@ def topk_encode(
             norms); the returned values are not scaled. It gets no gradient.
         latents: [M] integer or None. Only these latents compete (k <= M); the indices returned are
             still those of W_enc. Their M rows are gathered.
-        filter: "exact", or "fp8" on a GPU of sm_89 or later through Triton,
-            for k up to 1024: products of fp8 copies choose candidates by a margin of 2 standard
-            deviations of independent roundings, bounded from above, which are then scored in fp32.
+        design: the name of a way of computing it, or None for the best one that selects exactly,
+            takes the call and has passed its check on the device. `fastsae.explain` lists them and
+            says why each is taken or not. Those with names are the Triton kernels', whichever
+            backend is forced: "hopper", "fused", "bounded", "chunked" and "fp8". The C++ kernels
+            choose for themselves, among ways that give one result to the bit.
+
+            "fp8", which is taken by its name only, needs a GPU of sm_89 or later and k up to 1024:
+            products of fp8 copies choose candidates by a margin of 2 standard deviations of
+            independent roundings, bounded from above, which are then scored in fp32.
             Values and order are exact; a latent can be missed. Emulated
             (`benchmarks/fp8_recall.py`), 2,930 of 901 million pairs exceeded the margin, and none
             of 2.88 million latents was missed: below 1.1e-6 at 95% confidence (2.56 million of them
@@ -69,9 +74,9 @@ def topk_encode(
     transforms are refused. No backend but `reference` allocates anything of size N x F.
 
     Raises:
-        ValueError: a shape, device, k or activation does not fit.
+        ValueError: a shape, device, k or activation does not fit; there is no such design.
         TypeError: dtypes differ or are not supported.
-        RuntimeError: filter="fp8" cannot run here; the message says why.
+        RuntimeError: the design that was named cannot run this call here; the message says why.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", eq. 3; `rank_scale` is
     SAELens's `rescale_acts_by_decoder_norm`.
@@ -79,12 +84,12 @@ def topk_encode(
     _common.refuse_transforms(_OP, x, W_enc, b_enc)
     if _factors.is_recorded(W_enc):
         values, indices = torch.ops.fastsae.topk_encode(
-            x, W_enc.detach(), b_enc, k, activation, rank_scale, latents, filter
+            x, W_enc.detach(), b_enc, k, activation, rank_scale, latents, design
         )
         relu = activation == "relu"
         return _factors.record_encode(values, W_enc, indices, x.to(W_enc.dtype), relu), indices
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastsae.topk_encode(
-        x, W_enc, b_enc, k, activation, rank_scale, latents, filter
+        x, W_enc, b_enc, k, activation, rank_scale, latents, design
     )
     return result
 
@@ -99,7 +104,7 @@ class Arguments(NamedTuple):
     activation: str = "relu"
     rank_scale: torch.Tensor | None = None
     latents: torch.Tensor | None = None
-    filter: str = "exact"
+    design: str | None = None
 
 
 def _check(a: Arguments) -> None:
@@ -121,25 +126,23 @@ def _check(a: Arguments) -> None:
         competing, name = a.latents.shape[0], "M, the number of latents"
     if not 1 <= a.k <= competing:
         raise ValueError(f"{_OP}: k must lie in [1, {competing}] ({name}), got {a.k}")
-    if a.filter not in _FILTERS:
-        raise ValueError(f"{_OP}: filter must be one of {_FILTERS}, got {a.filter!r}")
-    if a.filter == "fp8" and a.k > 1024:
-        raise ValueError(f"{_OP}: filter='fp8' takes k up to 1024, got {a.k}")
 
 
 def _compute(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    x, W_enc, b_enc, k, activation, rank_scale, latents, filter = a
+    x, W_enc, b_enc, k, activation, rank_scale, latents, design = a
     if latents is not None:
         chosen = latents.long()
         W_enc = W_enc.index_select(0, chosen)
         b_enc = None if b_enc is None else b_enc.index_select(0, chosen)
         rank_scale = None if rank_scale is None else rank_scale.index_select(0, chosen)
-    run = _dispatch.select(_OP, x)
-    if filter == "fp8":
-        run = _dispatch.required(_OP, "triton", "fp8", x)
+    W_enc = W_enc.contiguous()
+    if design is None:
+        run = _dispatch.select(_OP, x)
+    else:
+        run = _dispatch.required(_OP, design, x, W_enc, k)
     values, indices = run(
         _common.flat(x),
-        W_enc.contiguous(),
+        W_enc,
         None if b_enc is None else b_enc.contiguous(),
         k,
         activation == "relu",

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _dispatch
 from .._memory import advise_huge_pages
-from ..reference.topk_member import check_latents
 from . import _common
-from .topk_encode import topk_encode
 
 _OP = "topk_member"
 
-# Up to so many tokens the reference counts who beats a latent; for more, the k best are selected.
-# The other backends' kernels choose for themselves, the GPU's always selects.
-_COUNTS = {"reference": 48}
 _SCREEN_ROWS = 4096  # quantised at a time, in fp64
 _PARTS = 254  # of a step: what the second codes count
 _LARGEST = 2.0**60  # rows whose fp32 sums cannot overflow before they cancel; of x too, in C++
@@ -94,6 +87,7 @@ class Selection:
         rank_scale: torch.Tensor | None = None,
         positive: bool = False,
     ) -> None:
+        # for the C++ kernels, where they are chosen; the others do not look at it
         screened = W_enc.device.type == "cpu" and W_enc.dtype != torch.float64
         self.screen = topk_screen(W_enc) if screened else None
         none = W_enc.new_empty(0, W_enc.shape[1])
@@ -128,11 +122,6 @@ def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Lists [P, J] of x [P, ..., D] as a list for each token, [P, ..., J]."""
     lists = latents.view(len(latents), *[1] * (x.dim() - 2), -1)
     return lists.expand(*x.shape[:-1], -1)
-
-
-def _counting(x: torch.Tensor) -> tuple[Callable[..., Any], float]:
-    """The implementation for tensors like x, and up to how many tokens it is to be used."""
-    return _dispatch.select(_OP, x), _COUNTS.get(_dispatch.backend_of(_OP, x), math.inf)
 
 
 def topk_screen(W_enc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,11 +233,7 @@ def _compute(a: Arguments) -> torch.Tensor:
         # clamped, not wrapped: a latent that int32 cannot hold stays out of range
         latents = latents.clamp(-2, F).to(torch.int32)
     wanted = _common.flat(latents)
-    kernel, few = _counting(x)
-    if len(wanted) > few:
-        rows = _common.flat(x)
-        return _among(rows, W_enc, b_enc, wanted, k, rank_scale, positive).view(latents.shape)
-    out: torch.Tensor = kernel(
+    out: torch.Tensor = _dispatch.select(_OP, x)(
         x.contiguous(),
         W_enc.contiguous(),
         None if b_enc is None else b_enc.contiguous(),
@@ -260,29 +245,6 @@ def _compute(a: Arguments) -> torch.Tensor:
         None if bounds is None else bounds.contiguous(),
     )
     return _common.unflat(out, latents)
-
-
-def _among(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    latents: torch.Tensor,
-    k: int,
-    rank_scale: torch.Tensor | None,
-    positive: bool,
-) -> torch.Tensor:
-    """[N, J] by selecting the k best of every token."""
-    check_latents(latents, len(W_enc))
-    with torch.no_grad():
-        values, indices = topk_encode(
-            x, W_enc, b_enc, k, activation="identity", rank_scale=rank_scale
-        )
-    if positive:
-        indices = torch.where(values <= 0, -2, indices)
-    member = torch.empty(latents.shape, dtype=torch.bool, device=x.device)
-    for j in range(latents.shape[1]):  # [N, J, k] never exists
-        member[:, j] = (indices == latents[:, j, None]).any(1)
-    return member
 
 
 def _fake(a: Arguments) -> torch.Tensor:

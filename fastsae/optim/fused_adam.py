@@ -357,7 +357,7 @@ class _Dense(NamedTuple):
 
 
 def _dense_adam(dense: list[_Dense], group: dict[str, Any], unit: bool) -> None:
-    fused = dense[0].param.device.type == "cpu"
+    fused = dense[0].param.device.type == "cpu"  # which of torch's own: there is no kernel here
     lr, capturable = group["lr"], group["capturable"] and not fused
     torch_adam(
         [d.wide for d in dense],

@@ -332,7 +332,7 @@ ANSWERS: dict[str, Callable[[torch.dtype, str], Iterator[Answer]]] = {
 
 
 def answers(op: str, design: str, dtype: torch.dtype, scale: str) -> Iterator[Answer]:
-    """The known answers of an op; an fp8 filter has its own."""
+    """The known answers of an op; the design "fp8" has its own."""
     if design == "fp8":
         return topk_encode_fp8(dtype, scale)
     return ANSWERS[op](dtype, scale)

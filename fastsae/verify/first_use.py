@@ -192,12 +192,10 @@ def reference(unproved: Check, run: Callable[..., Any], *args: Any) -> Any:
 def _bytes(op: str, args: tuple[Any, ...]) -> int:
     """What the reference allocates, roughly: wide copies of its inputs, and scores."""
     wide = 4 * sum(a.numel() for a in args if isinstance(a, torch.Tensor))
-    if op == "topk_member":
+    if op in ("topk_encode", "topk_member"):
         x, w = args[:2]
-        return wide + 24 * (x.numel() // max(x.shape[-1], 1)) * len(w)
-    if op == "topk_encode":
-        x, w = args[:2]
-        return wide + 24 * min(len(x) * len(w), max(1 << 24, len(w)))
+        tokens = x.numel() // w.shape[1]
+        return wide + 24 * min(tokens * len(w), max(1 << 24, len(w)))
     if op == "topk":
         return 4 * wide
     if op in ("sparse_grad_weight", "sparse_grad_weight_rows"):

@@ -14,8 +14,9 @@ from selection import expected, integers
 
 from fastsae import _library, reference
 
-fused = pytest.importorskip("fastsae.triton_kernels._topk_encode_fused")
-keys_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_keys")
+fused = pytest.importorskip("fastsae.triton_kernels.topk_encode.fused")
+keys_module = pytest.importorskip("fastsae.triton_kernels.topk_encode.keys")
+chunked = pytest.importorskip("fastsae.triton_kernels.topk_encode.chunked")
 encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
 DEVICE = "cpu" if ON_HOST else "cuda"
 SMALL = fused.FusedConfig(records=64)  # phases of 512, 4096, ... columns
@@ -99,8 +100,8 @@ def test_a_token_with_too_many_records_keeps_some_of_them():
 def select(x, W, b, k, scale=None):
     if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("no GPU and no interpreter for the selection")
-    chunks = encode_module.Chunks(slab=len(x) * 128)
-    keys = encode_module.select_fused(x, W, b, k, scale, chunks, SMALL, hopper=True)
+    chunks = chunked.Chunks(slab=len(x) * 128)
+    keys = fused.select(x, W, b, k, scale, chunks, SMALL, hopper=True)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     keys_module.decode_keys(keys, None, indices, False)
     return indices.cpu()
@@ -134,17 +135,18 @@ def test_tokens_that_overflow_are_redone():
     assert torch.equal(select(x, W, None, 8), expected(x, W, None, 8)[1])
 
 
-def test_can_be_forced_and_is_chosen_only_where_it_is_trusted_by_name():
-    """It must have been checked on the device: a fault in it could hang."""
+def test_is_taken_by_its_name_only():
+    """Until it has run on a GPU: a fault in it could hang."""
     x, W, b, scale = integers(2, 16, 600)
     if not INTERPRETED and DEVICE == "cpu":
         pytest.skip("no GPU and no interpreter for the selection")
-    assert encode_module.runs("hopper", x, W, 3)
+    assert encode_module.named("hopper").refuses(x, W, 3) is None
     values, indices = encode_module.topk_encode(x, W, b, 3, True, scale, design="hopper")
     truth = reference.topk_encode(x.cpu(), W.cpu(), b.cpu(), 3, True, scale.cpu())
     assert torch.equal(indices.cpu(), truth[1]) and torch.equal(values.cpu(), truth[0])
-    assert encode_module.design_of(x, W, 3) == "fused"
-    assert encode_module.design_of(x, W, 3, frozenset({"fused", "hopper"})) == "hopper"
+    assert encode_module.design_of(x, W, 3).name == "fused"
+    assert encode_module.design_of(x, W, 3, frozenset({"fused", "hopper"})).name == "fused"
+    assert encode_module.design_of(x, W, 3, frozenset({"hopper"})) is None
 
 
 def test_refuses_what_it_cannot_read():

@@ -171,6 +171,9 @@ def test_wheels_hold_what_was_built_and_no_more(project):
     name, files = wheel()
     assert "-cp310-abi3-" in name and {cpu, cuda} <= files and note not in files
     assert {"fastsae/triton_kernels/topk.py", "fastsae/py.typed"} <= files
+    assert {
+        f"fastsae/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").rglob("*.py")
+    } <= files
     name, files = wheel(FASTSAE_CUDA="0")
     assert "-cp310-abi3-" in name and {cpu, note} <= files and cuda not in files
     name, files = wheel(FASTSAE_BUILD="0")

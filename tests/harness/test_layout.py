@@ -43,11 +43,12 @@ def test_every_op_has_notes_that_open_with_what_holds(stem):
 
 
 def test_every_op_has_a_triton_kernel():
-    assert not {stem for stem in STEMS if not (ROOT / f"triton_kernels/{stem}.py").is_file()}
+    """A file, or a folder where it has several designs."""
+    assert set(STEMS) <= {p.stem for p in (ROOT / "triton_kernels").glob("[!_]*")}
 
 
 @pytest.mark.parametrize(
-    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*.py")]
+    "folder,pattern", [("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"), ("triton_kernels", "[!_]*")]
 )
 def test_no_kernel_file_is_an_orphan(folder, pattern):
     orphans = [p.name for p in (ROOT / folder).glob(pattern) if p.stem not in STEMS]
@@ -64,6 +65,43 @@ def test_every_kernel_file_registers_its_op():
 def test_private_and_public_schemas_cover_the_same_ops():
     public = {op.removesuffix("_") for op in _library.PUBLIC_SCHEMAS}  # steer_ is steer in place
     assert public == set(_library.PRIVATE_SCHEMAS) == set(_dispatch.ORDER)
+
+
+DEFINE_OR_CHECK = (
+    "_dispatch", "_library", "_verified", "bench", "reference", "triton_kernels", "verify",
+)  # fmt: skip
+
+
+def words_of(node):
+    """What a piece of a program names: attributes, texts, imports with where they come from."""
+    if isinstance(node, ast.Attribute):
+        return {node.attr}
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return set(node.value.split("."))
+    if isinstance(node, ast.ImportFrom):
+        names, parts = {a.name for a in node.names}, set((node.module or "").split("."))
+        found = {f"reference.{n}" for n in names if "reference" in parts}
+        return names | parts | found | {f"all of {n}" for n in names}
+    return set()
+
+
+def test_only_dispatch_chooses_a_backend():
+    """No other file names an implementation of an op, but those that define, check and time each.
+    One asks which was chosen, to do the same in a single C++ call."""
+    forms = ("{}_cpu", "{}_cuda", "reference.{}")
+    kernels = {form.format(op) for op in _dispatch.OPS for form in forms}
+    kernels |= {"triton_kernels", "all of reference"}
+    wrong, asking = [], set()
+    for path in sorted((ROOT / "fastsae").rglob("*.py")):
+        name = path.relative_to(ROOT / "fastsae").with_suffix("").as_posix()
+        if name.split("/")[0] in DEFINE_OR_CHECK:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = words_of(node)
+            wrong += [f"{name}: {word}" for word in words & kernels]
+            if words & {"backend_of", "CPU_FUNCTIONS"} and name != "info":
+                asking.add(name)
+    assert not wrong and asking == {"ops/steer"}
 
 
 # Imports only go down this list; what stands in one row does not import one another.

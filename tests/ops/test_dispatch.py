@@ -63,6 +63,45 @@ def test_explain_names_every_backend_and_copies():
         fastsae.explain("encode")
 
 
+def designs_told(*args, **kwargs):
+    """What explain says of each design under the forced Triton kernels."""
+    if _dispatch._missing("topk_encode", "triton", "cpu", torch.float32) is not None:
+        pytest.skip("the Triton kernels are not interpreted here")
+    with fastsae.use_backend("triton"):
+        lines = fastsae.explain("topk_encode", *args, **kwargs).splitlines()
+    found = [line.strip().split(": ", 1) for line in lines if line.startswith("    ")]
+    return {name: why for name, why in found if not why.startswith(("unknown", "passed"))}
+
+
+def test_explain_says_of_each_design_whether_a_call_takes_it():
+    x, W = torch.zeros(3, 64), torch.zeros(800, 64)
+    told = designs_told(x, W, None, 4)
+    assert list(told) == ["hopper", "fused", "bounded", "chunked", "fp8"]
+    assert told["fused"] == "it does not take torch.float32"
+    assert told["bounded"] == "takes this call"
+    assert told["chunked"] == "bounded comes before it"
+    assert told["fp8"] == "only by its name: it can miss a latent"
+    few = designs_told(x, W, None, k=4, latents=torch.arange(95))
+    assert few["bounded"] == "it pays from D = 64 and F = 96 on, not at 64 and 95"
+    assert few["chunked"] == "takes this call"
+    low, wide = x.bfloat16(), W.bfloat16()
+    assert designs_told(low, wide, None, 4)["fused"] == "takes this call"
+    assert designs_told(low, wide, None, 300)["fused"] == "it takes k up to 256, not 300"
+    odd = wide.flatten()[1:-63].view(799, 64)
+    assert designs_told(low, odd, None, 4)["fused"] == "a row of W_enc does not begin on 16 bytes"
+    copied = wide.T.contiguous().T  # the kernel gets rows
+    assert designs_told(low, copied, None, 4)["fused"] == "takes this call"
+    assert not designs_told(x, W)  # without k nothing can be said
+
+
+def test_explain_of_a_design_that_is_asked_for():
+    x, W = torch.zeros(3, 64), torch.zeros(800, 64)
+    told = fastsae.explain("topk_encode", x, W, None, 4, design="fused")
+    assert "float32: design 'fused' was asked for and cannot run: " in told
+    with pytest.raises(RuntimeError, match="topk_encode: design 'fused' was asked for and cannot"):
+        ops.topk_encode(x, W, None, 4, design="fused")
+
+
 def test_info_is_json_and_names_every_op():
     info = json.loads(json.dumps(fastsae.info()))
     assert set(info["ops"]) == set(_dispatch.OPS)

@@ -49,8 +49,8 @@ def test_rows_of_the_tokens_and_of_candidates():
     """Pieces of Triton's sparse_grad_weight and topk_encode, on hand-made input."""
     pytest.importorskip("triton")
     from fastsae.triton_kernels import _group_by_latent, sparse_grad_weight, topk_encode
-    from fastsae.triton_kernels import _topk_encode_bounds as bounds
-    from fastsae.triton_kernels import _topk_encode_keys as keys_module
+    from fastsae.triton_kernels.topk_encode import bounded as bounds
+    from fastsae.triton_kernels.topk_encode import keys as keys_module
 
     device = device_of("triton")
     if _dispatch._missing("sparse_decode", "triton", device, torch.float16) is not None:

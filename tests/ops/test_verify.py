@@ -154,6 +154,20 @@ def test_a_fault_is_found(monkeypatch, op, fault):
 # ---- the record -------------------------------------------------------------------------------
 
 
+def test_a_record_ends_with_a_change_to_a_kernel(monkeypatch, tmp_path):
+    """Wherever below the folder of the kernels its file lies."""
+    monkeypatch.setattr(_verified, "__file__", str(tmp_path / "_verified.py"))
+    found = {_verified._kernels("cuda")}
+    for name in ("topk.py", "topk_encode/__init__.py", "topk_encode/fused.py"):
+        path = tmp_path / "triton_kernels" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("one")
+        found.add(_verified._kernels("cuda"))
+        path.write_text("two")
+        found.add(_verified._kernels("cuda"))
+    assert len(found) == 7
+
+
 def test_a_record_is_kept_by_device_and_kernels(records, monkeypatch):
     record = Record(CPU)
     assert record[ONE].state == UNKNOWN
@@ -535,11 +549,11 @@ def test_a_design_that_failed_is_not_used(as_on_a_gpu, monkeypatch):
     used = []
     module = _dispatch._triton_module("topk_encode")
     launch = module.topk_encode
-    monkeypatch.setattr(module, "topk_encode", lambda *a, design=None: (
-        used.append(design), launch(*a, design=design))[1])  # fmt: skip
+    monkeypatch.setattr(module, "topk_encode", lambda *a, trusted=None: (
+        used.append(trusted), launch(*a, trusted=trusted))[1])  # fmt: skip
     with pytest.warns(fastsae.KernelCheckWarning, match="topk_encode triton/bounded float32"):
         values, _ = encode()
-    assert used == ["chunked"]
+    assert used == [frozenset({"chunked"})]
     with fastsae.use_backend("reference"):
         assert torch.equal(encode()[0], values)
 
@@ -559,6 +573,9 @@ def test_an_op_on_another_uses_its_proved_designs_only(as_on_a_gpu, monkeypatch)
     assert given == [frozenset({"chunked"})]
     _dispatch.forget()
     as_on_a_gpu.write(_encode_checks(bounded=FAILED, chunked=FAILED))
+    told = fastsae.explain("topk_member", x, W, None, latents, 8)
+    assert "float32: reference\n" in told
+    assert "triton: the kernel that it calls failed its known-answer check" in told
     assert _dispatch.backend_of("topk_member", x) == "reference"
     _dispatch.forget()
     as_on_a_gpu.write(_encode_checks(bounded=UNKNOWN, chunked=UNKNOWN))
@@ -566,15 +583,23 @@ def test_an_op_on_another_uses_its_proved_designs_only(as_on_a_gpu, monkeypatch)
         patched.setattr(
             first_use, "check", lambda cs, d: {c: Result(UNKNOWN, reason="busy") for c in cs}
         )
+        assert "float32: triton\n" in fastsae.explain("topk_member", x, W, None, latents, 8)
         assert _dispatch.backend_of("topk_member", x) == "reference"
+        told = fastsae.explain("topk_member", x, W, None, latents, 8)
+        assert "float32: reference\n" in told and "it calls could not be checked" in told
+        told = fastsae.explain("topk_encode", x, W, None, 8)
+        assert "float32: reference\n" in told
+        assert "chunked: not checked: busy; tried again in 60 s" in told
     as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=PASSED))
     assert _dispatch.backend_of("topk_member", x) == "triton"  # nothing was kept
     _dispatch.forget()
     as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=FAILED))
     ops.topk_member(x, W, None, latents, 8)  # too narrow for the bounds: the reference
     assert len(given) == 1
-    told = fastsae.explain("topk_encode", x, W, None, 2)
-    assert "design: None" in told
+    told = fastsae.explain("topk_member", x, W, None, latents, 8)
+    assert "float32: reference\n" in told
+    assert "topk_encode bounded: it pays from D = 64 and F = 192 on, not at 16 and 32" in told
+    assert "topk_encode chunked: failed: wrong" in told
 
 
 def test_a_call_that_only_a_failed_design_takes_goes_to_the_next_backend(as_on_a_gpu, monkeypatch):
@@ -626,10 +651,12 @@ def test_a_design_that_was_asked_for_must_be_proved(as_on_a_gpu, monkeypatch):
     as_on_a_gpu.write(_encode_checks(bounded=PASSED, chunked=PASSED))
     as_on_a_gpu.write({check: Result(FAILED, reason="wrong: one bit")})
     x, W = torch.zeros(2, 16), torch.zeros(8, 16)
-    with pytest.raises(RuntimeError, match="'fp8' was asked for and is not proved.*one bit"):
-        ops.topk_encode(x, W, None, 2, filter="fp8")
+    with pytest.raises(
+        RuntimeError, match="'fp8' was asked for and cannot run: it is not proved.*one bit"
+    ):
+        ops.topk_encode(x, W, None, 2, design="fp8")
     as_on_a_gpu.write({check: Result(PASSED)})
-    ops.topk_encode(x, W, None, 2, filter="fp8")
+    ops.topk_encode(x, W, None, 2, design="fp8")
 
 
 def test_old_gpus_take_the_reference(monkeypatch):

@@ -30,7 +30,15 @@ _DTYPES = {
     "float8_e4m3fn": "fp8e4nv", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
     "uint8": "u8",
 }  # fmt: skip
+_PACKAGE = "fastsae.triton_kernels."
 _seen: set[str] = set()
+
+
+def modules(folder: Path) -> list[str]:
+    """Names of the modules in the folder of the kernels and in those below, from it on."""
+    found = [p.relative_to(folder).with_suffix("").parts for p in folder.rglob("*.py")]
+    names = (".".join(p[:-1] if p[-1] == "__init__" else p) for p in found)
+    return sorted(name for name in names if name)
 
 
 def kind_of(value: Any, specialized: bool) -> str:
@@ -95,7 +103,7 @@ def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
         else:
             signature_of[name] = kind
     return {
-        "module": kernel.fn.__module__.rpartition(".")[2], "kernel": kernel.__name__,
+        "module": kernel.fn.__module__.removeprefix(_PACKAGE), "kernel": kernel.__name__,
         "signature": signature_of, "constexprs": constexprs,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
@@ -112,7 +120,7 @@ def key_of(launch: dict[str, Any]) -> str:
 
 
 def _kernel(launch: dict[str, Any]) -> Any:
-    module = importlib.import_module(f"fastsae.triton_kernels.{launch['module']}")
+    module = importlib.import_module(_PACKAGE + launch["module"])
     return getattr(module, launch["kernel"])
 
 
@@ -127,7 +135,7 @@ def _launch_of(c: Any) -> dict[str, Any]:
     given = {n: v for n, v in defaults.items() if v is not inspect.Parameter.empty}
     given = {n: v for n, v in given.items() if n not in c.signature}
     return {
-        "module": c.kernel.fn.__module__.rpartition(".")[2], "kernel": c.kernel.__name__,
+        "module": c.kernel.fn.__module__.removeprefix(_PACKAGE), "kernel": c.kernel.__name__,
         "signature": c.signature, "constexprs": given | c.constexprs,
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
@@ -138,10 +146,8 @@ def compiled() -> frozenset[str]:
     """Keys of everything that tests/triton/test_compile.py compiles."""
     package = importlib.import_module("fastsae.triton_kernels")
     found = {key_of(launch) for launch in listed()}
-    for path in Path(package.__file__).parent.glob("*.py"):
-        if path.stem == "__init__":
-            continue
-        module = importlib.import_module(f"fastsae.triton_kernels.{path.stem}")
+    for name in modules(Path(package.__file__).parent):
+        module = importlib.import_module(_PACKAGE + name)
         if hasattr(module, "configurations"):
             found |= {key_of(_launch_of(c)) for c in module.configurations()}
     return frozenset(found)

@@ -73,22 +73,29 @@ _TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QMMA|QGMMA|UTC\w*MMA")
 
 
 def modules() -> list[str]:
-    """Modules of triton_kernels/ that launch something."""
-    return sorted(p.stem for p in KERNELS.glob("*.py") if launched(p.stem))
+    """Modules of triton_kernels/ that launch something; "topk_encode.keys" lies in a folder."""
+    return sorted(name for name in triton_launches.modules(KERNELS) if launched(name))
+
+
+def file_of(module: str) -> Path:
+    """The file of a module of triton_kernels/."""
+    path = KERNELS.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def sources(module: str) -> list[Path]:
     """The module's file and those of triton_kernels/ that it imports, and those they import."""
     found, ahead = set(), [module]
     while ahead:
-        path = KERNELS / f"{ahead.pop()}.py"
+        path = file_of(ahead.pop())
         if path in found or not path.exists():
             continue
         found.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
+                inside = path.relative_to(KERNELS).parts[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
-                ahead += [name.partition(".")[0] for name in names]
+                ahead += [".".join([*inside, name]) for name in names]
     return sorted(found)
 
 
@@ -96,7 +103,7 @@ def launched(module: str) -> set[str]:
     """Names launched in a module: every call of the form name[grid](...)."""
     calls = (
         node.func.value
-        for node in ast.walk(ast.parse((KERNELS / f"{module}.py").read_text()))
+        for node in ast.walk(ast.parse(file_of(module).read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     )
     return {name.id for name in calls if isinstance(name, ast.Name)}

@@ -8,6 +8,7 @@ tiles.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -28,8 +29,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and no interpreter", allow_module_level=True)
 DEVICE = device_of("triton")
 
-import fastsae.triton_kernels._topk_encode_product as product  # noqa: E402
 import fastsae.triton_kernels.topk_encode as encode  # noqa: E402
+from fastsae.triton_kernels.topk_encode import chunked, fused, product  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +41,11 @@ def small_tiles(monkeypatch):
     tile = product.ProductConfig(16, 64, 16, 4, 2)
     for name in ("FP32", "LOW", "TMA"):
         monkeypatch.setattr(product, name, tile)
-    small = encode.FusedConfig(16, 64, 16, 32, 4, 2, records=16)
-    monkeypatch.setattr(encode, "FusedConfig", lambda: small)
-    chunks = encode.Chunks(rows=12, slab=12 * 64)
-    monkeypatch.setattr(encode, "Chunks", lambda: chunks)
-    monkeypatch.setattr(encode, "_FUSED_CHUNKS", chunks)
+    small = fused.FusedConfig(16, 64, 16, 32, 4, 2, records=16)
+    monkeypatch.setattr(fused, "fused_config", lambda capability: small)
+    chunks = chunked.Chunks(rows=12, slab=12 * 64)
+    table = tuple(dataclasses.replace(d, chunks=chunks) for d in encode.DESIGNS)
+    monkeypatch.setattr(encode, "DESIGNS", table)
 
 
 def assert_alone_as_together(call, *per_token):
@@ -82,8 +83,8 @@ def weights(dtype, device=DEVICE):
 )  # fmt: skip
 def test_topk_encode(design, dtype, scaled):
     x, (W, b) = randn(N, D).to(DEVICE, dtype), weights(dtype)
-    if not encode.runs(design, x, W, K):
-        pytest.skip(f"{design} does not run here")
+    if (why := encode.named(design).refuses(x, W, K)) is not None:
+        pytest.skip(why)
     scale = randn(F, seed=3).abs().to(DEVICE, dtype) if scaled else None
     assert_alone_as_together(
         lambda x: encode.topk_encode(x, W, b, K, True, scale, design=design), x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from common import INTERPRETED, device_of, randn
@@ -9,8 +11,10 @@ from selection import assert_is_reference, integers
 
 from fastsae import reference
 
-keys_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_keys")
-product_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_product")
+keys_module = pytest.importorskip("fastsae.triton_kernels.topk_encode.keys")
+product_module = pytest.importorskip("fastsae.triton_kernels.topk_encode.product")
+chunked = pytest.importorskip("fastsae.triton_kernels.topk_encode.chunked")
+bounds = pytest.importorskip("fastsae.triton_kernels.topk_encode.bounded")
 encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -19,7 +23,7 @@ DEVICE = device_of("triton")
 
 
 def select(x, W, b, k, scale, chunks):
-    keys = encode_module.select_chunked(x, W, b, k, scale, chunks)
+    keys = chunked.select(x, W, b, k, scale, chunks)
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32).to(DEVICE)
     encode_module.decode_keys(keys, values, indices, False)
     return values, indices
@@ -33,7 +37,7 @@ def test_chunks_that_overlap(monkeypatch, dtype, scaled):
     monkeypatch.setattr(keys_module, "filter_config", lambda k, rows: small)
     x, W, b, scale = integers(3, 37, 501, dtype)
     scale = scale if scaled else None
-    chunks = encode_module.Chunks(slab=3 * 112)
+    chunks = chunked.Chunks(slab=3 * 112)
     assert chunks.columns(3, 501) < 501 and 501 % chunks.columns(3, 501)
     values, indices = select(x, W, b, 11, scale, chunks)
     pre, rank = x.double() @ W.double().T + b.double(), 1 if scale is None else scale.double()
@@ -43,9 +47,9 @@ def test_chunks_that_overlap(monkeypatch, dtype, scaled):
 
 
 def test_large_k_merges_chunks(monkeypatch):
-    monkeypatch.setattr(encode_module, "MAX_SORTED", 16)
+    monkeypatch.setattr(chunked, "MAX_SORTED", 16)
     x, W, b, _ = integers(3, 20, 300, torch.bfloat16)
-    got = select(x, W, b, 150, None, encode_module.Chunks(slab=3 * 64))
+    got = select(x, W, b, 150, None, chunked.Chunks(slab=3 * 64))
     assert_is_reference(got, x, W, b, 150, False, None)
 
 
@@ -56,7 +60,8 @@ def test_values_of_ranked_latents():
 
 
 def test_tokens_in_several_passes(monkeypatch):
-    monkeypatch.setattr(encode_module, "_rows_at_once", lambda n, k, chunks, d: 2)
+    table = tuple(replace(d, chunks=chunked.Chunks(rows=2)) for d in encode_module.DESIGNS)
+    monkeypatch.setattr(encode_module, "DESIGNS", table)
     x, W, b, _ = integers(5, 24, 70, torch.float16)
     got = encode_module.topk_encode(x, W, b, 6, True, None)
     assert_is_reference(got, x, W, b, 6, True, None)
@@ -73,7 +78,7 @@ def test_products_in_low_precision(monkeypatch, dtype, tile, tma):
         for name in ("TMA", "TMA_SM100", "LOW"):
             monkeypatch.setattr(product_module, name, product_module.ProductConfig(*tile))
     x, W, b, _ = integers(19, 24, 301, dtype)
-    got = select(x, W, b, 9, None, encode_module.Chunks(slab=19 * 128))
+    got = select(x, W, b, 9, None, chunked.Chunks(slab=19 * 128))
     assert_is_reference(got, x, W, b, 9, False, None)
     only = torch.zeros(19, dtype=torch.int32, device=DEVICE)
     only[17] = 1
@@ -107,8 +112,8 @@ def test_equal_rows_of_one_token_do_not_depend_on_their_neighbours():
 
 @pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**20, 1024), (8192, 2**24, 4096)])
 def test_extra_memory_is_bounded(n, f, k):
-    chunks = encode_module.Chunks()
-    rows = encode_module._rows_at_once(n, k, chunks)
+    design = encode_module.named("chunked")
+    rows, chunks = design.rows_at_once(n, k, 4096), design.chunks
     columns = chunks.columns(rows, f)
     held = 4 * rows * columns
     if k <= keys_module.MAX_SORTED:
@@ -138,9 +143,7 @@ def test_columns_beyond_the_last_are_no_candidates(monkeypatch):
 
 
 def bounded(x, W, b, k, scale=None, slab=1 << 23, **chunks):
-    keys = encode_module.select_bounded(
-        x, W, b, k, scale, encode_module.Chunks(slab=slab, **chunks)
-    )
+    keys = bounds.select(x, W, b, k, scale, chunked.Chunks(slab=slab, **chunks))
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32).to(DEVICE)
     encode_module.decode_keys(keys, values, indices, False)
     return values, indices
@@ -217,7 +220,6 @@ def test_bounded_settles_when_nothing_can_be_dropped(monkeypatch, slab):
     """Bounds as wide as the scores: every latent stays a candidate, the buffer is scored in fp32
     again and again, and the result is still exact."""
     small = keys_module.FilterConfig(64, 16, 4)
-    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
     monkeypatch.setattr(bounds, "bounds_config", lambda k: small)
     x, W, b = (t.to(DEVICE) for t in (randn(3, 40), randn(300, 40, seed=1), randn(300, seed=2)))
     calls = []
@@ -250,7 +252,6 @@ def held_keys(best):
 @pytest.fixture
 def small_bounds(monkeypatch):
     """BoundedKeys that hold 64 candidates and look at 16 scores in one step."""
-    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
     monkeypatch.setattr(bounds, "bounds_config", lambda k: keys_module.FilterConfig(64, 16, 4))
     return bounds
 
@@ -322,7 +323,6 @@ def test_bounded_not_finite():
 @pytest.mark.parametrize("kind", ["random", "between", "one sign", "wide"])
 def test_the_bound_holds(kind):
     """Every pair's lower and upper bound enclose its fp64 score, and are not much wider."""
-    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
     n, d, f = 6, 129, 80
     x, W = randn(n, d), randn(f, d, seed=1)
     if kind == "between":  # exactly between two bf16 numbers
@@ -356,14 +356,13 @@ def test_fp32_takes_the_bounds_where_they_pay():
         (8, 63, 240, "chunked"),
     ):  # fmt: skip
         x, W = (torch.empty(rows, d, device="meta") for rows in (n, f))
-        assert encode_module.design_of(x, W, 10) == design
+        assert encode_module.design_of(x, W, 10).name == design
 
 
 @pytest.mark.parametrize("n,d,f,k", [(8192, 4096, 131072, 64), (10**6, 16384, 2**20, 1024)])
 def test_bounded_extra_memory(n, d, f, k):
-    bounds = pytest.importorskip("fastsae.triton_kernels._topk_encode_bounds")
-    chunks = encode_module.Chunks()
-    rows = encode_module._rows_at_once(n, k, chunks, d)
+    design = encode_module.named("bounded")
+    rows, chunks = design.rows_at_once(n, k, d), design.chunks
     columns = min(chunks.columns(rows, f), chunks.copy_bytes // (2 * d))
     held = 4 * rows * columns + rows * bounds.BoundedKeys.bytes_per_row(k, d)
     assert rows >= 1000 and held + columns * (2 * d + 8) <= 256 << 20

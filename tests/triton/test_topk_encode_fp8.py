@@ -1,4 +1,4 @@
-"""The fp8 filter of topk_encode: what it rounds, what it selects, where it is refused."""
+"""The design "fp8" of topk_encode: what it rounds, what it selects, where it is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastsae.nn import TopKSAE
 
 pytest.importorskip("triton")
 
-from fastsae.triton_kernels import topk_encode as module
-from fastsae.triton_kernels._topk_encode_fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
+from fastsae.triton_kernels.topk_encode import fp8 as module
+from fastsae.triton_kernels.topk_encode.fp8 import Fp8Rows, LikelyKeys, fp8_product, unavailable
 
 DEVICE = device_of("triton")
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def unit_rows(f, d, seed=1, dtype=torch.float32):
 
 def fp8(x, W, b, k, **options):
     args = [None if t is None else t.to(DEVICE) for t in (x, W, b)]
-    values, indices = ops.topk_encode(*args, k, filter="fp8", **options)
+    values, indices = ops.topk_encode(*args, k, design="fp8", **options)
     return values.cpu(), indices.cpu()
 
 
@@ -159,27 +159,32 @@ def test_product_by_descriptors_and_by_pointers(n, f, d, tma):
 def test_gradients_module_and_refusals():
     sae = TopKSAE(24, 90, 5, seed=0, device=DEVICE)
     twin = TopKSAE(24, 90, 5, seed=0, device=DEVICE)
-    sae.filter = "fp8"
+    sae.design = "fp8"
     x = randn(6, 24, seed=8).to(DEVICE)
     for each in (sae, twin):
         (each(x) - x).square().sum().backward()
     for p, q in zip(sae.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
     W = unit_rows(1100, 24).to(DEVICE)
-    with pytest.raises(ValueError, match="filter must be one of"):
-        ops.topk_encode(x, W, None, 5, filter="int8")
-    with pytest.raises(ValueError, match="takes k up to 1024"):
-        ops.topk_encode(x, W, None, 1025, filter="fp8")
-    with pytest.raises(RuntimeError, match="triton.*cannot run"):
-        ops.topk_encode(x.double(), W.double(), None, 5, filter="fp8")
+    with pytest.raises(ValueError, match="design must be None or one of .*'chunked', 'fp8'"):
+        ops.topk_encode(x, W, None, 5, design="int8")
+    for args, why in (
+        ((x, W, None, 1025), "it takes k up to 1024, not 1025"),
+        ((x.double(), W.double(), None, 5), "the triton kernels do not take torch.float64"),
+    ):
+        with pytest.raises(RuntimeError, match=f"'fp8' was asked for and cannot run: {why}"):
+            ops.topk_encode(*args, design="fp8")
+        assert f"'fp8' was asked for and cannot run: {why}" in fastsae.explain(
+            "topk_encode", *args, design="fp8"
+        )
     torch.library.opcheck(
         torch.ops.fastsae.topk_encode.default,
         (x[:2], W[:40].detach(), None, 5, "relu", None, None, "fp8"),
         test_utils=("test_schema", "test_faketensor"),
     )
-    with fastsae.use_backend("reference"):  # the filter names its backend itself
+    with fastsae.use_backend("reference"):  # a design names its backend itself
         assert torch.equal(
-            ops.topk_encode(x, W, None, 5)[1], ops.topk_encode(x, W, None, 5, filter="fp8")[1]
+            ops.topk_encode(x, W, None, 5)[1], ops.topk_encode(x, W, None, 5, design="fp8")[1]
         )
 
 
@@ -191,17 +196,13 @@ def test_older_gpus_are_refused(monkeypatch, capability, runs):
     assert unavailable(torch.device("cuda")) == (None if runs else "A GPU is older than sm_89")
 
 
-def test_the_choice_is_by_argument_alone():
-    """Nothing but filter="fp8" comes here."""
-    calls = []
-    original = module.select_likely
-    try:
-        module.select_likely = lambda *a: calls.append(1) or original(*a)
-        x, W = randn(3, 32).to(DEVICE), unit_rows(400, 32).to(DEVICE)
-        with fastsae.use_backend("triton"):
-            ops.topk_encode(x, W, None, 4)
-            assert not calls
-            ops.topk_encode(x, W, None, 4, filter="fp8")
-            assert calls
-    finally:
-        module.select_likely = original
+def test_the_choice_is_by_argument_alone(monkeypatch):
+    """Nothing but design="fp8" comes here."""
+    calls, original = [], module.fp8_product
+    monkeypatch.setattr(module, "fp8_product", lambda *a: calls.append(1) or original(*a))
+    x, W = randn(3, 32).to(DEVICE), unit_rows(400, 32).to(DEVICE)
+    with fastsae.use_backend("triton"):
+        ops.topk_encode(x, W, None, 4)
+        assert not calls
+        ops.topk_encode(x, W, None, 4, design="fp8")
+        assert calls

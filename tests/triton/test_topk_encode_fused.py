@@ -12,8 +12,9 @@ from selection import expected, integers
 
 from fastsae import reference
 
-fused = pytest.importorskip("fastsae.triton_kernels._topk_encode_fused")
-keys_module = pytest.importorskip("fastsae.triton_kernels._topk_encode_keys")
+fused = pytest.importorskip("fastsae.triton_kernels.topk_encode.fused")
+keys_module = pytest.importorskip("fastsae.triton_kernels.topk_encode.keys")
+chunked = pytest.importorskip("fastsae.triton_kernels.topk_encode.chunked")
 encode_module = pytest.importorskip("fastsae.triton_kernels.topk_encode")
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -39,8 +40,8 @@ TILES = pytest.mark.parametrize("tile", ["small", "production"])
 
 def select(x, W, b, k, scale=None, config=SMALL, tile="small"):
     config = None if tile == "production" else config
-    chunks = encode_module.Chunks(slab=len(x) * 128)
-    keys = encode_module.select_fused(x, W, b, k, scale, chunks, config)
+    chunks = chunked.Chunks(slab=len(x) * 128)
+    keys = fused.select(x, W, b, k, scale, chunks, config)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     keys_module.decode_keys(keys, None, indices, False)
     return indices.cpu()
@@ -50,13 +51,13 @@ def select(x, W, b, k, scale=None, config=SMALL, tile="small"):
 def redone(monkeypatch):
     """How many rows each call took through the chunks."""
     counts = []
-    add = encode_module._add_columns
+    add = fused.add_columns
 
     def counted(*args):
         counts.append(int(args[-1].sum()))
         add(*args)
 
-    monkeypatch.setattr(encode_module, "_add_columns", counted)
+    monkeypatch.setattr(fused, "add_columns", counted)
     return counts
 
 
@@ -121,11 +122,11 @@ def test_not_finite(where, bad, tile):
 @pytest.mark.parametrize("design", ["chunked", "fused"])
 def test_a_design_can_be_forced(monkeypatch, design):
     taken = []
-    for name in ("chunked", "fused"):
-        real = getattr(encode_module, f"select_{name}")
-        monkeypatch.setattr(
-            encode_module, f"select_{name}", lambda *a, n=name, r=real: taken.append(n) or r(*a)
-        )
+    table = tuple(
+        dataclasses.replace(d, select=lambda *a, d=d: taken.append(d.name) or d.select(*a))
+        for d in encode_module.DESIGNS
+    )
+    monkeypatch.setattr(encode_module, "DESIGNS", table)
     x, W, b, scale = integers(2, 16, 70)
     values, indices = encode_module.topk_encode(x, W, b, 3, True, scale, design=design)
     truth = reference.topk_encode(x.cpu(), W.cpu(), b.cpu(), 3, True, scale.cpu())
@@ -135,7 +136,8 @@ def test_a_design_can_be_forced(monkeypatch, design):
 
 def choice(n, d, f, k=64, dtype=torch.bfloat16, trusted=None):
     x, W = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, f))
-    return encode_module.design_of(x, W, k, trusted)
+    design = encode_module.design_of(x, W, k, trusted)
+    return None if design is None else design.name
 
 
 def test_choice_by_shape():
@@ -166,7 +168,7 @@ def test_a_design_that_is_not_trusted_is_not_chosen():
     assert choice(*shape, trusted=frozenset({"chunked", "bounded"})) == "chunked"
     assert choice(*shape, trusted=frozenset({"bounded"})) is None
     assert choice(*shape, trusted=frozenset()) is None
-    assert choice(*shape, trusted=frozenset(encode_module.DESIGNS)) != "bounded"
+    assert choice(*shape, trusted=frozenset({"fused", "bounded", "chunked"})) == "fused"
     x, W, *_ = integers(2, 16, 70)
     with pytest.raises(RuntimeError, match="none of the trusted designs .bounded."):
         encode_module.topk_encode(x, W, None, 3, False, None, trusted=frozenset({"bounded"}))
@@ -184,8 +186,11 @@ def shifted(t):
 def test_views_that_begin_between_16_bytes():
     """TMA cannot read them: x is copied, which leaves the design; rows of W take the chunks."""
     x, W, *_ = integers(2, 16, 70)
-    assert encode_module.design_of(x, W, 3) == encode_module.design_of(shifted(x), W, 3) == "fused"
-    assert encode_module.design_of(x, shifted(W), 3) == "chunked"
+    taken = [
+        encode_module.design_of(*args, 3).name
+        for args in ((x, W), (shifted(x), W), (x, shifted(W)))
+    ]
+    assert taken == ["fused", "fused", "chunked"]
     for args in ((shifted(x), W), (x, shifted(W))):
         indices = encode_module.topk_encode(*args, None, 3, False, None)[1]
         assert torch.equal(indices.cpu(), expected(x, W, None, 3)[1])
@@ -194,15 +199,15 @@ def test_views_that_begin_between_16_bytes():
 @pytest.mark.parametrize("n,f,k", [(8192, 131072, 64), (10**6, 2**24, 256)])
 def test_extra_memory_is_bounded(monkeypatch, n, f, k):
     monkeypatch.undo()
-    chunks, config = encode_module._FUSED_CHUNKS, fused.FusedConfig()
-    rows = encode_module._rows_at_once(n, k, chunks)
-    held = rows * (4 * chunks.columns(rows, f) + config.bytes_per_row(k))
+    design, config = encode_module.named("fused"), fused.FusedConfig()
+    rows = design.rows_at_once(n, k, 4096)
+    held = rows * (4 * design.chunks.columns(rows, f) + config.bytes_per_row(k))
     assert rows == 4096 and held <= 256 << 20
 
 
 def test_first_phase_fits_and_phases_cover_the_columns():
     config = fused.FusedConfig()
-    for k in (1, 64, fused.MAX_FUSED):
+    for k in (1, 64, fused.MAX_K):
         for f in (1, 1000, 131072, 2**24):
             phases = config.phases(k, f)
             assert phases[0][0] == 0 and phases[-1][1] == f

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._blocks import POINTERS
-from ._configuration import Configuration
+from .._blocks import POINTERS
+from .._configuration import Configuration
 
 
 @dataclass(frozen=True)

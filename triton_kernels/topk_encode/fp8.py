@@ -1,4 +1,4 @@
-"""The filter of topk_encode in fp8 (e4m3), opt-in: nearly certain, never a proof.
+"""topk_encode filtered by scores in fp8 (e4m3), by name only: nearly certain, never a proof.
 
 Rows of x and of W are scaled to the format's range and rounded, x^ = x + dx, w^ = w + dw. If the
 roundings of the D places are independent, the error of a score has the variance
@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._blocks import POINTERS
-from ._configuration import Configuration
-from ._topk_encode_bounds import BoundedKeys
+from .._blocks import POINTERS
+from .._configuration import Configuration
+from .bounded import BoundedKeys
+from .chunked import Chunks
 
 SIGMAS = 2.0
 CAPABILITY = (8, 9)  # the first with tensor cores for e4m3
@@ -177,8 +178,37 @@ class LikelyKeys(BoundedKeys):
         self.norms = self.codes.norms
 
 
+def select(
+    x: torch.Tensor,  # [R, D]
+    W_enc: torch.Tensor,  # [F, D]
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+) -> torch.Tensor:
+    """See `Design.select`, but that a latent can be missed."""
+    (rows, d), f = x.shape, W_enc.shape[0]
+    columns = chunks.columns(rows, f)
+    columns = min(columns, max(16, chunks.copy_bytes // d // 16 * 16))
+    best = LikelyKeys(x, W_enc, b_enc, rank_scale, k)
+    # Whole blocks, and none of them seen twice: what a row misses then does not depend on the
+    # width of chunks, which depends on the number of rows.
+    block = best.config.block
+    columns = min(f, triton.cdiv(columns, block) * block)
+    slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
+    copy = Fp8Rows(columns, d, x.device)
+    for first in range(0, f, columns):
+        some = min(columns, f - first)
+        if some < columns:  # the last
+            copy, slab = Fp8Rows(some, d, x.device), slab[:, :some]
+        copy.round(W_enc[first : first + some])
+        fp8_product(best.codes, copy, slab)
+        best.add(slab, copy.norms, first, 0)
+    return best.finish()
+
+
 def unavailable(device: torch.device) -> str | None:
-    """Why a device cannot run this filter."""
+    """Why a device cannot multiply these codes."""
     if device.type != "cuda":
         return None  # the interpreter
     if torch.version.hip is not None:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._configuration import Configuration
+from .._configuration import Configuration
 
 EMPTY, LOWEST = -(2**63), -(2**31)  # below every key, below the order of every score
 _EMPTY, _LOWEST = tl.constexpr(EMPTY), tl.constexpr(LOWEST)

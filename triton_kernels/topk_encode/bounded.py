@@ -1,4 +1,4 @@
-"""The filter of topk_encode for fp32 inputs: scores of bf16 copies, with a proven error bound.
+"""topk_encode of fp32 inputs, filtered by scores of bf16 copies with a proven error bound.
 
 With x^, w^ the bf16 roundings, s the product of these summed in fp32 and e the fp32 score of the
 pair, every pair satisfies
@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._configuration import Configuration
-from ._topk_encode_keys import (
+from .._configuration import Configuration
+from .chunked import Chunks, chunks_of
+from .keys import (
     MAX_SORTED,
     FilterConfig,
     inner_products,
@@ -32,6 +33,7 @@ from ._topk_encode_keys import (
     order_rows,
     rank_scores,
 )
+from .product import Product
 
 _EMPTY = tl.constexpr(-(2**63))
 _LOWEST = tl.constexpr(-(2**31))
@@ -347,6 +349,35 @@ class BoundedKeys:
         )  # fmt: skip
         order_rows(self.keys, self.held, self.k)
         return self.keys
+
+
+def rows_that_fit(chunks: Chunks, k: int, d: int) -> int:
+    """Tokens of a pass whose candidates there is room for."""
+    return (chunks.keys_bytes - chunks.copy_bytes) // BoundedKeys.bytes_per_row(k, d)
+
+
+def select(
+    x: torch.Tensor,  # [R, D] fp32
+    W_enc: torch.Tensor,  # [F, D] fp32
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+) -> torch.Tensor:
+    """See `Design.select`. A chunk of W_enc is copied to bf16 just before its product."""
+    (rows, d), f = x.shape, W_enc.shape[0]
+    columns = chunks.columns(rows, f)
+    columns = min(columns, max(16, chunks.copy_bytes // (2 * d) // 16 * 16))
+    best = BoundedKeys(x, W_enc, b_enc, rank_scale, k)
+    slab = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
+    copy = torch.empty(columns, d, dtype=torch.bfloat16, device=x.device)
+    norms = torch.empty(2, columns, dtype=torch.float32, device=x.device)
+    product = Product(best.rounded, copy)
+    for first, fresh, _ in chunks_of(f, columns):
+        round_rows(W_enc[first : first + columns], copy, norms)
+        product(slab)
+        best.add(slab, norms, first, fresh)
+    return best.finish()
 
 
 def configurations() -> list[Configuration]:

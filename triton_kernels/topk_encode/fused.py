@@ -1,4 +1,4 @@
-"""topk_encode with the filter in the epilogue of the product: scores are never stored.
+"""topk_encode with the filter in the epilogue of the product: scores are never stored. bf16, fp16.
 
 Columns in phases that grow geometrically. In a phase a persistent product (TMA descriptors)
 compares the largest of 8 scores that one thread holds with the row's threshold, and records the 8
@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._blocks import POINTERS
-from ._configuration import Configuration
-from ._topk_encode_keys import (
+from .._blocks import POINTERS
+from .._configuration import Configuration
+from .chunked import Chunks, add_columns
+from .keys import (
     FEW_ROWS,
     LOWEST,
     BestKeys,
@@ -36,7 +37,7 @@ from ._topk_encode_keys import (
     order_of,
     score_of,
 )
-from ._topk_encode_product import tile_scores
+from .product import tile_scores
 
 _LOWEST, _HIGHEST = tl.constexpr(LOWEST), tl.constexpr(2**31 - 1)
 _APART = tl.constexpr(8)  # counters of rows lie on sectors of their own
@@ -94,7 +95,7 @@ def fused_config(
     return None
 
 
-MAX_FUSED = 256  # largest k that leaves a phase half of the buffer
+MAX_K = 256  # largest k that leaves a phase half of the buffer
 
 
 @triton.jit
@@ -287,6 +288,60 @@ def fused_keys(
     return best, overflow
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why a device cannot run the product."""
+    if device.type != "cuda":
+        return None  # the interpreter
+    if torch.version.hip is not None:
+        return "AMD GPUs have no TMA"
+    if fused_config(torch.cuda.get_device_capability(device)) is None:
+        return f"{torch.cuda.get_device_name(device)} is older than sm_90 and has no TMA"
+    return None
+
+
+def hopper_unavailable(device: torch.device) -> str | None:
+    """Why a device cannot run the CUDA C++ product; tests build it for the CPU as well
+    (support/cuda_host.py)."""
+    key, op = device.type.upper(), "fastsae::topk_encode_record_cuda"
+    if key not in ("CUDA", "CPU") or not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+        return f"its product in CUDA C++ is not built for {device.type} tensors"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"its product is for sm_90, which {torch.cuda.get_device_name(device)} is not"
+    return None
+
+
+# Few launches rather than a slab in L2: where no row overflowed, all of them are empty.
+CHUNKS = Chunks(rows=4096, slab=1 << 25)
+
+
+def select(
+    x: torch.Tensor,  # [R, D] bf16 or fp16
+    W_enc: torch.Tensor,  # [F, D]
+    b_enc: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    chunks: Chunks,
+    config: FusedConfig | None = None,
+    hopper: bool = False,
+) -> torch.Tensor:
+    """See `Design.select`. Rows that overflowed are then taken through the chunks, by launches that
+    find nothing to do where there are none."""
+    if x.is_cuda:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        capability = torch.cuda.get_device_capability(x.device)
+    else:
+        programs, capability = 3, (9, 0)  # interpreted: what this Triton compiles for sm_90
+    config = config or fused_config(capability)
+    assert config is not None  # `unavailable` elsewhere
+    best, overflow = fused_keys(x, W_enc, b_enc, k, rank_scale, config, programs, hopper)
+    columns = chunks.columns(len(x), len(W_enc))
+    slab = torch.empty(len(x), columns, dtype=torch.float32, device=x.device)
+    add_columns(best, slab, x, W_enc, b_enc, rank_scale, overflow)
+    return best.finish()
+
+
 def configurations() -> list[Configuration]:
     """bf16 with and without bias and scale, fp16 without; TMA exists on sm_90 and later only."""
     result = []
@@ -327,7 +382,7 @@ def configurations() -> list[Configuration]:
         held_ptr="*i32", threshold_ptr="*i32", overflow_ptr="*i32", K="i32", F="i32",
     )  # fmt: skip
     for rows in (1, FEW_ROWS):
-        keys = filter_config(MAX_FUSED, rows)
+        keys = filter_config(MAX_K, rows)
         sizes = dict(keys.sizes(), RECORDS=FusedConfig().records, LAST=True)
         label = f"{keys.capacity} keys"
         result.append(Configuration(_reselect_kernel, label, signature, sizes, keys.num_warps))
