@@ -6,7 +6,7 @@
 // (products.inl):
 //   stream  few rows: a panel of W at a time goes through L1
 //   plain   chunks of W are packed for all rows
-//   filter  fp32 and fp16 where the CPU has bf16 products: scores of rounded inputs with a proven
+//   bounded fp32 and fp16 where the CPU has bf16 products: scores of rounded inputs with a proven
 //           error bound per pair; only pairs whose bound reaches the threshold are scored in fp32
 #include "cpu/topk_encode.h"
 
@@ -16,7 +16,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "cpu/topk_encode_filter.h"
+#include "cpu/topk_encode_bounded.h"
 #include "cpu/topk_encode_plain.h"
 #include "cpu/topk_encode_problem.h"
 #include "cpu/topk_encode_stream.h"
@@ -39,8 +39,8 @@ constexpr int64_t kStreamPanels = 4;  // a thread
 constexpr int64_t kFilterRows = 32;   // and 8 a thread, so that every thread has a panel
 constexpr int64_t kFilterRatio = 24;  // F / k below which too many pairs are rescored
 
-enum Path : int64_t { kStream = 0, kPlain = 1, kFilter = 2, kFilterThenPlain = 3 };
-std::atomic<int64_t> g_stats[4];  // of the last call: path, rows, latents, rescored pairs
+enum Design : int64_t { kStream = 0, kPlain = 1, kBounded = 2, kBoundedThenPlain = 3 };
+std::atomic<int64_t> g_stats[4];  // of the last call: design, rows, latents, rescored pairs
 
 template <class In>
 Kernels<acc_t<In>, In> kernels_at(CpuLevel level) {
@@ -55,22 +55,22 @@ Kernels<acc_t<In>, In> kernels_at(CpuLevel level) {
   return portable::topk::table<In>();
 }
 
-// Which path takes a problem.
+// Which design takes a problem.
 template <class In>
-Path path_of(const Problem<In>& p) {
-  const char* force = std::getenv("FASTSAE_TOPK_ENCODE_PATH");
+Design design_of(const Problem<In>& p) {
+  const char* force = std::getenv("FASTSAE_TOPK_ENCODE_DESIGN");
   const std::string asked = force ? force : "";
-  STD_TORCH_CHECK(asked.empty() || asked == "stream" || asked == "plain" || asked == "filter", kOp,
-                  ": FASTSAE_TOPK_ENCODE_PATH must be stream, plain or filter, got ", asked);
+  STD_TORCH_CHECK(asked.empty() || asked == "stream" || asked == "plain" || asked == "bounded", kOp,
+                  ": FASTSAE_TOPK_ENCODE_DESIGN must be stream, plain or bounded, got ", asked);
   // one panel of latents has to fit the cache
   const bool packs = kMaxCols * round_up(p.d, 2) * int64_t(sizeof(acc_t<In>)) <= (8 << 20);
   const bool can_filter = p.kernels.scan_filter && packs && p.k <= 1024;
   if (asked == "stream" || !packs) return kStream;
   if (asked == "plain") return kPlain;
-  if (asked == "filter" && can_filter) return kFilter;
+  if (asked == "bounded" && can_filter) return kBounded;
   if (can_filter && p.n >= std::max(kFilterRows, 8 * p.threads) && p.d >= 64 &&
       p.k * kFilterRatio <= p.f) {
-    return kFilter;
+    return kBounded;
   }
   const bool few = p.n / p.kernels.max_rows < kStreamPanels * p.threads;
   return p.n <= kStreamRows || few ? kStream : kPlain;
@@ -79,22 +79,22 @@ Path path_of(const Problem<In>& p) {
 template <class In>
 void encode(const Problem<In>& p) {
   using A = acc_t<In>;
-  const Path path = path_of(p);
+  const Design design = design_of(p);
   int64_t row_bytes = p.row_stride() * (sizeof(A) + 4) + 32 + p.d * sizeof(A);
-  if (path == kFilter) row_bytes += p.d * 2 + pending_stride(p) * 12;
+  if (design == kBounded) row_bytes += p.d * 2 + pending_stride(p) * 12;
   const int64_t most = std::max<int64_t>(1, kRowBytes / row_bytes);
   const int64_t blocks = (p.n + most - 1) / most;
   const int64_t rows = (p.n + blocks - 1) / blocks;
-  Filtered told;
+  BoundedStats told;
   for (int64_t r = 0; r < p.n; r += rows) {
     const int64_t n = std::min(rows, p.n - r);
-    if (path == kStream) stream_path(p, r, n);
-    if (path == kPlain) plain_path(p, r, n);
+    if (design == kStream) select_stream(p, r, n);
+    if (design == kPlain) select_plain(p, r, n);
     if constexpr (std::is_same<A, float>::value) {
-      if (path == kFilter) filter_path(p, r, n, told);
+      if (design == kBounded) select_bounded(p, r, n, told);
     }
   }
-  g_stats[0] = told.gave_up ? kFilterThenPlain : path;
+  g_stats[0] = told.gave_up ? kBoundedThenPlain : design;
   g_stats[1] = p.n;
   g_stats[2] = p.f;
   g_stats[3] = told.rescored;

@@ -1,4 +1,5 @@
-// topk_encode with every score in the accumulation type, chunk by chunk of packed latents.
+// The design "plain" of topk_encode: every score in the accumulation type, chunk by chunk of packed
+// latents.
 #pragma once
 
 #include "cpu/topk_encode_problem.h"
@@ -34,7 +35,7 @@ void scan_chunks(const Problem<In>& p, const Panels<acc_t<In>>& x, int64_t n, in
 
 // Rows r.. of the output.
 template <class In>
-void plain_path(const Problem<In>& p, int64_t r, int64_t n) {
+void select_plain(const Problem<In>& p, int64_t r, int64_t n) {
   std::vector<RowState<acc_t<In>>> states;
   states.push_back(p.new_rows(n));
   scan_chunks(p, p.pack_rows(r, n), n, 0, &states[0].rows);

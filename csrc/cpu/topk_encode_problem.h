@@ -1,5 +1,5 @@
-// One call of topk_encode, as its paths see it: what is asked, its latents and rows packed, and the
-// best so far of every row.
+// One call of topk_encode, as its designs see it: what is asked, its latents and rows packed, and
+// the best so far of every row.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// topk_encode for few rows: W_enc as it lies goes through L1 once, a panel at a time.
+// The design "stream" of topk_encode, for few rows: W_enc as it lies goes through L1 once, a panel
+// at a time.
 #pragma once
 
 #include "cpu/topk_encode_problem.h"
@@ -8,7 +9,7 @@ namespace topk {
 
 // Rows r.. of the output. Every thread has latents of its own, which it reads once.
 template <class In>
-void stream_path(const Problem<In>& p, int64_t r, int64_t n) {
+void select_stream(const Problem<In>& p, int64_t r, int64_t n) {
   using A = acc_t<In>;
   const Panels<A> x = p.pack_rows(r, n);
   const int64_t bytes = n * p.row_stride() * int64_t(sizeof(A) + 4);

@@ -8,6 +8,7 @@ import torch
 
 from .. import _dispatch
 from .._memory import advise_huge_pages
+from .._stamp import stamp
 from . import _common
 
 _OP = "topk_member"
@@ -75,7 +76,7 @@ def topk_member(
 class Selection:
     """The weights of `topk_member` with their screen, for a hook that runs at every token.
 
-    W_enc must not be written to (`version` is that of the weights that the screen is of): that
+    W_enc must not be written to (`stamp` is that of the weights that the screen is of): that
     needs another one.
     """
 
@@ -94,7 +95,7 @@ class Selection:
         no_latents = none.new_empty(0, 1, dtype=torch.int32)
         rest = (no_latents, k, rank_scale, positive, *(self.screen or ()))
         _check(Arguments(none, W_enc, b_enc, *rest))
-        self.W_enc, self.version = W_enc, version_of(W_enc)
+        self.W_enc, self.stamp = W_enc, stamp(W_enc)
         b_enc, rank_scale = (
             None if t is None else t.detach().contiguous() for t in (b_enc, rank_scale)
         )
@@ -103,19 +104,13 @@ class Selection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.version = version_of(self.W_enc)  # a copy counts its writes anew
+        self.stamp = stamp(self.W_enc)  # a copy counts its writes anew
 
     def __call__(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """x [P, ..., D], latents [P, J] int32, a list for each of the P: [P, ..., J] bool."""
         W_enc, b_enc, rank_scale = self.weights
         lists = spread(latents, x)
         return topk_member(x, W_enc, b_enc, lists, self.k, rank_scale, self.positive, self.screen)
-
-
-def version_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written to (inference tensors do not count that) or its memory is
-    another (`Module.to`, `.data = ...`)."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def spread(latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

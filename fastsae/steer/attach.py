@@ -16,10 +16,11 @@ from torch import nn
 
 from .. import _steer_codes as codes
 from .._capture import is_capturing
+from .._stamp import stamp
 from ..lm.sites import by_token, find_site, output_of, refuse_encoder_decoder, replaced
 from ..nn import Description, SparseCoder
 from ..ops.steer import Site, steer
-from ..ops.topk_member import Selection, spread, topk_member, version_of
+from ..ops.topk_member import Selection, spread, topk_member
 from ..reference.steer import normalised
 from .compile import Compiler, Entry
 from .describe import describe
@@ -201,7 +202,7 @@ class Steerer:
     def follow(self, coder: SparseCoder) -> None:
         """Takes the coder's weights anew at every `set`, where `.to(...)` has put others in place
         of those described."""
-        self._coder, self._norms_of = coder, version_of(coder.W_dec)
+        self._coder, self._norms_of = coder, stamp(coder.W_dec)
 
     def _described_anew(self) -> None:
         coder, sae = self._coder, self.sae
@@ -210,9 +211,9 @@ class Steerer:
         pairs = ((getattr(coder, n), getattr(sae, n)) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
         moved = any(p.data_ptr() != d.data_ptr() or p.dtype != d.dtype for p, d in pairs)
         # the norms of W_dec's rows are a copy, of the weights as they were
-        norms = sae.rank_scale is not None and version_of(coder.W_dec) != self._norms_of
+        norms = sae.rank_scale is not None and stamp(coder.W_dec) != self._norms_of
         if moved or norms:
-            self._norms_of = version_of(coder.W_dec)
+            self._norms_of = stamp(coder.W_dec)
             self.sae = replace(coder.describe(), max_activation=sae.max_activation)
             self._member = None
 
@@ -556,7 +557,7 @@ class Steerer:
     def _counts(self) -> bool:
         """Does `_fast` know the selection? Of W_enc as it is now: it may have been written to."""
         known = self._fast.selection
-        if known is not None and known.version != version_of(known.W_enc):
+        if known is not None and known.stamp != stamp(known.W_enc):
             self._fast = self._fast_site()
         return known is not None
 
@@ -581,7 +582,7 @@ class Steerer:
         """Membership among the k, made again when W_enc was written to."""
         sae = self.sae
         assert sae is not None and sae.k is not None
-        if self._member is None or self._member.version != version_of(sae.W_enc):
+        if self._member is None or self._member.stamp != stamp(sae.W_enc):
             self._member = Selection(
                 sae.W_enc, sae.b_enc, sae.k, sae.rank_scale, positive=not sae.identity
             )

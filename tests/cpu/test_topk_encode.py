@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-PATHS = ["stream", "plain", "filter"]  # 0, 1, 2 of the statistics; 3: filter, then plain
+DESIGNS = ["stream", "plain", "bounded"]  # 0, 1, 2 of the statistics; 3: bounded, then plain
 
 
 @pytest.fixture(params=LEVELS)
@@ -40,11 +40,11 @@ def bf16_level():
     torch.ops.fastsae._set_cpu_level("auto")
 
 
-def encode(x, W, b, k, path=None, relu=False, scale=None):
-    """values, indices, statistics (path, rows, latents, rescored pairs)."""
+def encode(x, W, b, k, design=None, relu=False, scale=None):
+    """values, indices, statistics (design, rows, latents, rescored pairs)."""
     with pytest.MonkeyPatch.context() as patch:
-        if path is not None:
-            patch.setenv("FASTSAE_TOPK_ENCODE_PATH", path)
+        if design is not None:
+            patch.setenv("FASTSAE_TOPK_ENCODE_DESIGN", design)
         values, indices = torch.ops.fastsae.topk_encode_cpu(x, W, b, k, relu, scale)
     return values, indices, torch.ops.fastsae._topk_encode_stats().tolist()
 
@@ -63,19 +63,19 @@ SHAPES = [(1, 33, 515, 515), (3, 65, 1001, 7), (6, 129, 700, 32), (7, 64, 333, 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("path", PATHS)
-def test_every_level_and_path(level, path, dtype):
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_level_and_design(level, design, dtype):
     for i, (n, d, f, k) in enumerate(SHAPES):
         x, W, b = problem(n, d, f, dtype, seed=i)
         scale = (torch.rand(f, generator=torch.Generator().manual_seed(i)) - 0.3).to(dtype)
         for bias, s, relu in ((b, None, True), (None, None, False), (b, scale, False)):
-            values, indices, stats = encode(x, W, bias, k, path, relu, s)
+            values, indices, stats = encode(x, W, bias, k, design, relu, s)
             assert_selection(values, indices, x, W, bias, k, relu, s)
-            if path == "filter" and level == "avx512_bf16" and dtype in DTYPES[::2]:
+            if design == "bounded" and level == "avx512_bf16" and dtype in DTYPES[::2]:
                 assert stats[0] in (2, 3)
 
 
-def test_all_paths_agree_where_sums_are_exact(level):
+def test_all_designs_agree_where_sums_are_exact(level):
     """Small integers: every order of summation gives the same number, so ties are real."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (90, 48), generator=g).float()
@@ -84,18 +84,18 @@ def test_all_paths_agree_where_sums_are_exact(level):
     pre = x @ W.T + b
     for k in (1, 20, 130):
         order = torch.sort(pre, dim=1, descending=True, stable=True)
-        for path in PATHS:
-            values, indices, _ = encode(x, W, b, k, path)
+        for design in DESIGNS:
+            values, indices, _ = encode(x, W, b, k, design)
             assert torch.equal(values, order.values[:, :k])
             assert torch.equal(indices.long(), order.indices[:, :k])
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_equal_rows_tie_by_lowest_index(level, path):
-    """Copies of a latent, far apart, score the same to the bit on every path."""
+@pytest.mark.parametrize("design", DESIGNS)
+def test_equal_rows_tie_by_lowest_index(level, design):
+    """Copies of a latent, far apart, score the same to the bit on every design."""
     x, W, _ = problem(70, 101, 64)
     W = W.repeat(40, 1)
-    values, indices, _ = encode(x, W, None, 160, path)
+    values, indices, _ = encode(x, W, None, 160, design)
     first = indices.long()[:, ::40]
     expected = first[:, :, None] + 64 * torch.arange(40)
     assert (first < 64).all()
@@ -103,23 +103,23 @@ def test_equal_rows_tie_by_lowest_index(level, path):
     assert (values.reshape(70, 4, 40) == values[:, ::40, None]).all()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "zero"])
-def test_adversarial_orders(level, path, order):
+def test_adversarial_orders(level, design, order):
     n, d, f, k = 66, 64, 4000, 24
     x = torch.ones(n, d) + torch.arange(n)[:, None] / 64
     steps = {"ascending": torch.arange(f), "descending": -torch.arange(f),
              "equal": torch.ones(f), "zero": torch.zeros(f)}[order]  # fmt: skip
     W = (steps.float() / 4096)[:, None].expand(f, d).contiguous()
-    values, indices, _ = encode(x, W, None, k, path)
+    values, indices, _ = encode(x, W, None, k, design)
     expected = torch.arange(f - 1, f - 1 - k, -1) if order == "ascending" else torch.arange(k)
     assert torch.equal(indices.long(), expected.expand(n, k))
     assert_selection(values, indices, x, W, None, k, relu=False)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_nan_and_inf(level, path, dtype):
+def test_nan_and_inf(level, design, dtype):
     x, W, b = problem(80, 70, 900, dtype)
     W[17, 3] = W[801, 0] = float("nan")  # NaN in every row
     W[500, 5] = float("inf")  # +inf or -inf, by the sign of x
@@ -129,7 +129,7 @@ def test_nan_and_inf(level, path, dtype):
     x[6] = 0  # 0 * inf is NaN
     b[40] = float("-inf")
     k = 10
-    values, indices, _ = encode(x, W, b, k, path)
+    values, indices, _ = encode(x, W, b, k, design)
     index = indices.long()
     assert (
         (index.sort(1).values.diff(dim=1) > 0).all() and (index >= 0).all() and (index < 900).all()
@@ -146,28 +146,28 @@ def test_nan_and_inf(level, path, dtype):
     plain[rest] = False
     keep = plain.nonzero()[:, 0]
     tail = k - 5  # what the special latents leave
-    _, i, _ = encode(x[clean], W[keep].contiguous(), b[keep].contiguous(), k, path)
+    _, i, _ = encode(x[clean], W[keep].contiguous(), b[keep].contiguous(), k, design)
     for r in range(len(clean)):
         got = index[clean[r]][~torch.isin(index[clean[r]], torch.tensor(rest))]
         assert got[:tail].tolist() == keep[i[r, :tail].long()].tolist()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e-12, 1e12, 1e18], ids=str)
-def test_scales(level, path, size):
+def test_scales(level, design, size):
     x, W, _ = problem(70, 65, 1500)
     wide = torch.exp2(torch.arange(1500) % 13 - 6.0)[:, None]
     for xs, ws in ((size, 1.0), (1.0, size), (size**0.5, size**0.5)):
         a, w = x * xs, W * wide * ws
-        values, indices, _ = encode(a, w, None, 9, path)
+        values, indices, _ = encode(a, w, None, 9, design)
         assert_selection(values, indices, a, w, None, 9, relu=False)
 
 
 def test_overflowing_products(level):
     """Products beyond fp32: some scores are inf or NaN, nothing hangs or leaves the range."""
     x, W, _ = problem(70, 65, 1500)
-    for path in PATHS:
-        values, indices, _ = encode(x * 1e30, W * 1e30, None, 9, path)
+    for design in DESIGNS:
+        values, indices, _ = encode(x * 1e30, W * 1e30, None, 9, design)
         assert (indices.sort(1).values.diff(dim=1) > 0).all()
         assert ((indices >= 0) & (indices < 1500)).all()
         assert not values.isfinite().any()
@@ -180,19 +180,19 @@ def test_mixed_scales_beside_each_other(level):
     W[::5] *= 1e-25
     W[3::50] *= 1e10
     want = encode(x, W, b, 12, "plain")
-    for path in PATHS:
-        values, indices, _ = encode(x, W, b, 12, path)
+    for design in DESIGNS:
+        values, indices, _ = encode(x, W, b, 12, design)
         assert_selection(values, indices, x, W, b, 12, relu=False)
         assert (indices == want[1]).float().mean() > 0.99
 
 
 def test_filter_equals_exhaustive_rescoring(bf16_level):
-    """The filter gives bit for bit the top-k of the fp32 scores of all pairs (path `stream`)."""
+    """The filter gives bit for bit the top-k of the fp32 scores of all pairs (design `stream`)."""
     for seed, (n, d, f, k) in enumerate([(100, 96, 5000, 32), (140, 257, 3000, 5),
                                          (64, 64, 9000, 64), (90, 500, 2048, 100)]):  # fmt: skip
         x, W, b = problem(n, d, f, seed=seed)
         x += 0.7  # a common part, as activations have
-        got, want = encode(x, W, b, k, "filter"), encode(x, W, b, k, "stream")
+        got, want = encode(x, W, b, k, "bounded"), encode(x, W, b, k, "stream")
         assert got[2][0] == 2 and want[2][0] == 0
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
         assert got[2][3] < 12 * n * k, "the filter lets too much through"
@@ -216,7 +216,7 @@ def test_filter_under_any_rank_scale(bf16_level, kind):
         scale[::13] = float("inf")
     elif kind == "minus-one":
         scale.fill_(-1)
-    got = encode(x, W, b, 70, "filter", scale=scale)  # 70: rows are no whole number of vectors
+    got = encode(x, W, b, 70, "bounded", scale=scale)  # 70: rows are no whole number of vectors
     want = encode(x, W, b, 70, "stream", scale=scale)
     if got[2][0] == 3:  # the rest was summed in another order
         assert (got[1] == want[1]).float().mean() > 0.99
@@ -267,7 +267,7 @@ def test_gives_up_the_filter_when_it_does_not_pay(bf16_level):
     x = 1 + torch.rand(128, 256, generator=g) / 1000
     W = 1 + torch.rand(60000, 256, generator=g) / 1000
     W[40000:40010] = W[:10]
-    values, indices, stats = encode(x, W, None, 16, "filter")
+    values, indices, stats = encode(x, W, None, 16, "bounded")
     assert stats[0] == 3
     assert_selection(values, indices, x, W, None, 16, relu=False)
 
@@ -276,11 +276,11 @@ def test_threads_do_not_change_the_result(level):
     x, W, b = problem(100, 80, 2000)
     before = torch.get_num_threads()
     try:
-        for path in PATHS:
+        for design in DESIGNS:
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(encode(x, W, b, 20, path))
+                results.append(encode(x, W, b, 20, design))
             for values, indices, _ in results[1:]:
                 assert torch.equal(values, results[0][0]) and torch.equal(indices, results[0][1])
     finally:
@@ -300,8 +300,8 @@ def test_empty():
         pytest.param(300, 64, 20_000, 20_000, 64, id="k=F"),
     ],
 )
-@pytest.mark.parametrize("path", ["plain", "filter"])
-def test_extra_memory(path, n, d, f, k, limit):
+@pytest.mark.parametrize("design", ["plain", "bounded"])
+def test_extra_memory(design, n, d, f, k, limit):
     """Peak memory beyond inputs and outputs, in a process of its own."""
     code = f"""
 import resource, torch, fastsae
@@ -318,7 +318,7 @@ print(peak() - before - values.numel() * 8 / 2**20)
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc")
-    env = os.environ | {"FASTSAE_TOPK_ENCODE_PATH": path}
+    env = os.environ | {"FASTSAE_TOPK_ENCODE_DESIGN": design}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= limit

@@ -10,7 +10,8 @@ from properties import given, settings, st
 
 import fastsae
 from fastsae import _dispatch, ops, reference
-from fastsae.ops.topk_member import Selection, version_of
+from fastsae._stamp import stamp
+from fastsae.ops.topk_member import Selection
 
 OP = "topk_member"
 
@@ -308,7 +309,7 @@ def test_opcheck_and_compile():
 
 def test_other_memory_is_another_version():
     weight = torch.nn.Parameter(torch.zeros(3, 4))
-    known = [version_of(weight)]
+    known = [stamp(weight)]
     for change in (
         lambda: weight.data.copy_(weight),  # not seen: `.data` counts its own writes
         lambda: setattr(weight, "data", torch.zeros(3, 4)),
@@ -316,5 +317,5 @@ def test_other_memory_is_another_version():
         lambda: weight.share_memory_(),
     ):
         change()
-        known.append(version_of(weight))
+        known.append(stamp(weight))
     assert known[1] == known[0] and len(set(known)) == 4

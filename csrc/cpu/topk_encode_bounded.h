@@ -1,4 +1,5 @@
-// topk_encode by a filter of bf16 products with a proven error bound, for inputs that sum in fp32.
+// The design "bounded" of topk_encode: a filter of bf16 products with a proven error bound, for
+// inputs that sum in fp32.
 //
 // With x^, w^ the bf16 roundings, s~ the fp32 sum of their products and e the fp32 score that a
 // survivor gets, for every pair
@@ -32,7 +33,7 @@ int64_t pending_stride(const Problem<In>& p) {
 
 // Rows r.. of a problem, with the candidates of each that wait for rescoring.
 template <class In>
-struct FilterPath {
+struct Bounded {
   const Problem<In>& p;
   int64_t r, n;
   Rows<float>* rows;
@@ -71,11 +72,13 @@ struct FilterPath {
 
   // Prunes; the next time comes k candidates later, and when they no longer fit they are rescored.
   static void full(void* self, int64_t row) {
-    FilterPath* path = static_cast<FilterPath*>(self);
-    const int64_t most = pending_capacity(path->p), step = std::max<int64_t>(path->p.k, 64);
-    path->prune(row);
-    if (path->f.count[row] + step > most) path->flush(row);
-    path->f.limit[row] = static_cast<int32_t>(std::min(most, path->f.count[row] + step));
+    Bounded* waiting_rows = static_cast<Bounded*>(self);
+    const int64_t most = pending_capacity(waiting_rows->p),
+                  step = std::max<int64_t>(waiting_rows->p.k, 64);
+    waiting_rows->prune(row);
+    if (waiting_rows->f.count[row] + step > most) waiting_rows->flush(row);
+    waiting_rows->f.limit[row] =
+        static_cast<int32_t>(std::min(most, waiting_rows->f.count[row] + step));
   }
 
   // Rescores what waits, in chunks of latents that the caches hold: a row of W serves all rows of x
@@ -119,14 +122,14 @@ inline void row_errors(int64_t n, int64_t d, float* err_w, float* err_dw) {
 }
 
 // What the filter did with the rows of a call.
-struct Filtered {
+struct BoundedStats {
   int64_t rescored = 0;
   bool gave_up = false;  // too many survived: the rest of the latents were scored in fp32
 };
 
 // Rows r.. of the output.
 template <class In>
-void filter_path(const Problem<In>& p, int64_t r, int64_t n, Filtered& told) {
+void select_bounded(const Problem<In>& p, int64_t r, int64_t n, BoundedStats& told) {
   const int mr = panel_rows(n, p.kernels.max_rows), cols = p.kernels.cols;
   const int64_t panels = (n + mr - 1) / mr, pairs = (p.d + 1) / 2;
   const int64_t stride = pending_stride(p), first_limit = 2 * std::max<int64_t>(p.k, 32);
@@ -141,10 +144,10 @@ void filter_path(const Problem<In>& p, int64_t r, int64_t n, Filtered& told) {
   std::fill_n(threshold.get(), n, -std::numeric_limits<float>::infinity());
   std::fill_n(count.get(), n, 0);
   std::fill_n(limit.get(), n, static_cast<int32_t>(std::min(pending_capacity(p), first_limit)));
-  FilterPath<In> path{p, r, n, &states[0].rows, {}};
-  path.f = {lower.get(), upper.get(),     index.get(),          count.get(),
-            limit.get(), threshold.get(), err_w.get(),          err_dw.get(),
-            stride,      &path,           &FilterPath<In>::full};
+  Bounded<In> waiting_rows{p, r, n, &states[0].rows, {}};
+  waiting_rows.f = {lower.get(), upper.get(),     index.get(),       count.get(),
+                    limit.get(), threshold.get(), err_w.get(),       err_dw.get(),
+                    stride,      &waiting_rows,   &Bounded<In>::full};
 
   const int64_t chunk = p.chunk_latents(2 * round_up(p.d, 2));
   Buffer<float> packed(chunk * pairs);
@@ -163,22 +166,22 @@ void filter_path(const Problem<In>& p, int64_t r, int64_t n, Filtered& told) {
       FilterJob job{};
       job.depth = pairs, job.mr = mr, job.panel_begin = begin, job.panel_end = end;
       job.n_rows = n, job.a = a.get(), job.b = packed.get(), job.n_cols = next - c;
-      job.first = c, job.to = {fc, &path.f};
+      job.first = c, job.to = {fc, &waiting_rows.f};
       job.block = std::max<int64_t>(1, kBlockBytes / (cols * pairs * 4));
       p.kernels.scan_filter(job);
       int64_t total = 0;
       for (int64_t row = begin * mr; row < std::min(n, end * mr); ++row) total += count[row];
       waiting += total;
     });
-    const double share =
-        static_cast<double>(path.rescored + waiting - 4 * n * p.k) / static_cast<double>(n * next);
+    const double share = static_cast<double>(waiting_rows.rescored + waiting - 4 * n * p.k) /
+                         static_cast<double>(n * next);
     if (next < p.f && share > kRescoreLimit) {
       told.gave_up = true;
       break;
     }
   }
-  path.rescore_all(next);
-  told.rescored += path.rescored.load();
+  waiting_rows.rescore_all(next);
+  told.rescored += waiting_rows.rescored.load();
   if (next < p.f) scan_chunks(p, p.pack_rows(r, n), n, next, &states[0].rows);
   p.write(states, r, n);
 }
