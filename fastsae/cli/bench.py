@@ -16,23 +16,23 @@ CPU_SHAPE, GPU_SHAPE, QUICK_SHAPE = "2048x768x24576", "8192x4096x131072", "256x6
 
 def bench(
     device: str = typer.Option("cpu", help="Torch device: cpu, cuda, cuda:1."),
-    ops: list[str] = typer.Option([], help="Operators, separated by commas. [default: all]"),  # noqa: B008
+    ops: list[str] = typer.Option([], help="Operators, separated by commas.", show_default="all"),  # noqa: B008
     backends: list[str] = typer.Option(  # noqa: B008
-        [], help="Backends, or auto for the one a call takes. [default: every usable one]"
+        [], help="Backends, or auto for the one a call takes.", show_default="every usable one"
     ),
     shapes: list[str] = typer.Option(  # noqa: B008
-        [], help="NxDxF: tokens, width, latents. [default: by device]"
+        [], help="NxDxF: tokens, width, latents.", show_default="by device"
     ),
-    k: list[str] = typer.Option([], help="Active latents. [default: 32; 64 on a GPU]"),  # noqa: B008
+    k: list[str] = typer.Option([], help="Active latents.", show_default="32; 64 on a GPU"),  # noqa: B008
     dtype: list[str] = typer.Option(  # noqa: B008
-        [], help="float32, bfloat16, float16. [default: float32; bfloat16 on a GPU]"
+        [], help="float32, bfloat16, float16.", show_default="float32; bfloat16 on a GPU"
     ),
     json: Path | None = typer.Option(None, help="Write everything measured to this file."),  # noqa: B008
     plot: Path | None = typer.Option(  # noqa: B008
         None, help="Folder for PNGs: roofline, time against F and against N (more runs)."
     ),
     quick: bool = typer.Option(False, help="A small shape and few rounds."),
-    threads: int | None = typer.Option(None, min=1, help="CPU threads. [default: torch's]"),
+    threads: int | None = typer.Option(None, min=1, help="CPU threads.", show_default="torch's"),
     in_process: bool = typer.Option(
         False, help="Measure in this process, under a debugger or sanitizer."
     ),

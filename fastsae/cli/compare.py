@@ -34,26 +34,30 @@ def compare_steering(
         ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
     ),
     feature: int = typer.Option(..., min=0, help="The latent that is clamped."),
-    model: str | None = typer.Option(None, help="Hub id or folder. [default: the embedded model]"),
+    model: str | None = typer.Option(
+        None, help="Hub id or folder.", show_default="the embedded model"
+    ),
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     concept: str | None = typer.Option(
-        None, help="Words that count as the effect, with commas. [default: the latent's own]"
+        None, help="Words that count as the effect, with commas.", show_default="the latent's own"
     ),
     prompts: Path | None = typer.Option(  # noqa: B008
-        None, help="Texts to continue, one a line. [default: held-out text]"
+        None, help="Texts to continue, one a line.", show_default="held-out text"
     ),
     neutral: Path | None = typer.Option(  # noqa: B008
-        None, help="Texts to measure the KL on, one a line. [default: other held-out text]"
+        None, help="Texts to measure the KL on, one a line.", show_default="other held-out text"
     ),
     positive: Path | None = typer.Option(  # noqa: B008
-        None, help="Texts whose end the vector leads to. [default: places before the concept]"
+        None, help="Texts whose end the vector leads to.", show_default="places before the concept"
     ),
     negative: Path | None = typer.Option(  # noqa: B008
-        None, help="Texts that the vector leads away from. [default: all other places]"
+        None, help="Texts that the vector leads away from.", show_default="all other places"
     ),
     prefix: str | None = typer.Option(
-        None, help="Text to put before, once to four times. [default: one to four positive texts]"
+        None,
+        help="Text to put before, once to four times.",
+        show_default="one to four positive texts",
     ),
     strengths: str = typer.Option(STRENGTHS, help="Multiples of the latent's maximum activation."),
     tokens: int = typer.Option(64, min=2, help="Tokens to sample for each prompt."),

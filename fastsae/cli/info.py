@@ -56,6 +56,7 @@ def info(
     ops = Table(title="Backends", title_justify="left")
     for column in ("operator", "device", "takes", "others"):
         ops.add_column(column)
+    alike: dict[tuple[str, str, str], list[str]] = {}  # operators of one row
     for op, devices in found["ops"].items():
         for device, choice in devices.items():
             others = "\n".join(
@@ -65,5 +66,7 @@ def info(
             )
             designs = choice["designs"].get(choice["backend"], {}) if device != "cpu" else {}
             takes = "\n".join([choice["backend"], *(f"  {d}: {s}" for d, s in designs.items())])
-            ops.add_row(op, device, escape(takes), escape(others))
+            alike.setdefault((device, takes, others), []).append(op)
+    for (device, takes, others), names in alike.items():
+        ops.add_row("\n".join(names), device, escape(takes), escape(others))
     console.print(ops)

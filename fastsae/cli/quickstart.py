@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 def quickstart(
     model: str | None = typer.Option(
-        None, help="Hub id or local folder of a causal language model. [default: embedded]"
+        None, help="Hub id or local folder of a causal language model.", show_default="embedded"
     ),
     out: Path = typer.Option(Path("quickstart"), help="Folder for the page, report and SAE."),  # noqa: B008
     device: str = typer.Option("cpu", help="Torch device, such as cuda."),
     seed: int = typer.Option(0, help="The same seed gives the same report on a machine."),
     layer: int | None = typer.Option(
-        None, help="Block whose output is read, from 0. [default: the middle one]"
+        None, help="Block whose output is read, from 0.", show_default="the middle one"
     ),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     tokens: int | None = typer.Option(None, min=1, help="Activations to train on."),
     steps: int | None = typer.Option(None, min=1, help="Training steps."),
-    latents: int | None = typer.Option(None, min=1, help="Latents. [default: 8 x width]"),
+    latents: int | None = typer.Option(None, min=1, help="Latents.", show_default="8 x width"),
     k: int | None = typer.Option(None, min=1, help="Active latents per token."),
 ) -> None:
     """Train a TopK SAE on a language model, read its features, steer with one, write a page."""

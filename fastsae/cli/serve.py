@@ -27,7 +27,9 @@ def serve(
     sae: Path = typer.Option(  # noqa: B008
         ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
     ),
-    model: str | None = typer.Option(None, help="Hub id or folder. [default: the embedded model]"),
+    model: str | None = typer.Option(
+        None, help="Hub id or folder.", show_default="the embedded model"
+    ),
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     device: str = typer.Option("cpu", help="Torch device."),

@@ -23,7 +23,9 @@ def steer(
     feature: int = typer.Option(..., min=0, help="The latent."),
     strength: float = typer.Option(..., help="What it is clamped to, in --unit."),
     prompt: str = typer.Option(..., help="The text that both continue."),
-    model: str | None = typer.Option(None, help="Hub id or folder. [default: the embedded model]"),
+    model: str | None = typer.Option(
+        None, help="Hub id or folder.", show_default="the embedded model"
+    ),
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     unit: str = typer.Option("max", help="max: times the latent's maximum activation; raw."),

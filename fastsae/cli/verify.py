@@ -10,8 +10,10 @@ from . import check_writable, fail
 
 
 def verify(
-    op: list[str] = typer.Option([], help="Operators, separated by commas. [default: all]"),  # noqa: B008
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1. [default: all there are]"),
+    op: list[str] = typer.Option([], help="Operators, separated by commas.", show_default="all"),  # noqa: B008
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, cuda:1.", show_default="all there are"
+    ),
     repeat: int = typer.Option(1, min=1, help="Times every call is made: races may show in one."),
     json: Path | None = typer.Option(None, help="Write the rows to this file."),  # noqa: B008
     in_process: bool = typer.Option(
