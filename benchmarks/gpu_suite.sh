@@ -30,8 +30,8 @@ export FASTSAE_CACHE=$state/verified TRITON_CACHE_DIR=$all/triton
 
 # Name and limit in seconds, counted for 16 cores and nothing compiled: importing torch 4 s and
 # making a context 1 s a process; a Triton kernel 0.5-2 s, compiled by `warm` in all processes at
-# once; one measured row 6-10 s, nvcc 60-90 s. Two halves of 570.
-stages="build:100 warm:85 verify:145 sanitizer:120 hopper:45 tests:75
+# once; one measured row 6-10 s, nvcc 60-90 s. Two runs of at most 580.
+stages="build:100 warm:85 verify:145 sanitizer:120 hopper:45 tests:85
   bench:120 plots:45 encode:90 grid:105 gather:55 step:95 largest:45 report:15"
 ops="topk topk_encode topk_member sparse_decode sparse_grad_values sparse_grad_weight
   sparse_grad_weight_rows sparse_adam_step steer"
@@ -39,7 +39,7 @@ tests="cuda/test_kernels ops/test_sparse_decode ops/test_sparse_grad_values
   ops/test_sparse_grad_weight ops/test_sparse_adam_step ops/test_topk ops/test_topk_encode
   triton/test_topk_encode triton/test_topk_encode_fused triton/test_topk_encode_fp8
   ops/test_topk_member ops/test_steer harness/test_bench train/test_training_graph
-  train/test_ahead"
+  train/test_ahead triton/test_batch_invariance ops/test_large_addresses"
 
 targets() { "$python" benchmarks/gpu_targets.py "$1" --out "$state/$1.json"; }
 # Runs a part of a stage for every line of stdin, so many at once; what is done is not repeated.
@@ -80,7 +80,7 @@ stage_sanitizer() {
   for tool in memcheck racecheck synccheck; do printf "$tool %s\n" $ops; done | parts sanitizer_one 6
 }
 stage_sanitizer_one() {
-  part "$1 $2" compute-sanitizer --tool "$1" --error-exitcode 1 \
+  part "$1 $2" timeout --foreground 110 compute-sanitizer --tool "$1" --error-exitcode 1 \
     "$python" -m fastsae verify --device cuda --in-process --op "$2"
 }
 stage_hopper() {

@@ -40,7 +40,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     triton_launches.install()
 
 # Where a test can depend on the C++ kernels' instruction set.
-CPU_KERNELS = ("ops", "cpu", "nn", "train", "steer")
+CPU_KERNELS = ("ops", "cpu", "nn", "train", "lm", "features", "steer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         return not (
             item.path.parent.name not in CPU_KERNELS
+            or item.path.name == "test_headers.py"
             or any(p in ("reference", "triton", "cuda") for p in parameters if isinstance(p, str))
             or "compile" in item.originalname
         )

@@ -31,7 +31,7 @@ STRENGTHS = "0.5,0.75,1,1.25,1.5,2,3"
 
 def compare_steering(
     sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
+        ..., help="Folder of a saved SAE, such as quickstart/sae."
     ),
     feature: int = typer.Option(..., min=0, help="The latent that is clamped."),
     model: str | None = typer.Option(

@@ -25,7 +25,7 @@ _READOUT = 1 << 28  # elements up to which latents are described by what they pr
 
 def serve(
     sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
+        ..., help="Folder of a saved SAE, such as quickstart/sae."
     ),
     model: str | None = typer.Option(
         None, help="Hub id or folder.", show_default="the embedded model"

@@ -12,13 +12,13 @@ from . import fail, fail_missing
 if TYPE_CHECKING:
     import torch
 
-    from ..nn import TopKSAE
+    from ..nn import SparseCoder
     from ..steer import MaxActivations
 
 
 def steer(
     sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved TopKSAE, such as quickstart/sae."
+        ..., help="Folder of a saved SAE, such as quickstart/sae."
     ),
     feature: int = typer.Option(..., min=0, help="The latent."),
     strength: float = typer.Option(..., help="What it is clamped to, in --unit."),
@@ -70,15 +70,15 @@ def steer(
 
 def load_sae(
     folder: Path, device: str, layer: int | None, hook: str | None
-) -> tuple[TopKSAE, MaxActivations | None, str | None]:
+) -> tuple[SparseCoder, MaxActivations | None, str | None]:
     """The SAE, its statistics when they are there, and the hook: theirs when no site is given."""
-    from ..nn import TopKSAE
+    from ..nn import SparseCoder
     from ..nn.description import MAX_ACTIVATION, MaxActivations
 
     if layer is not None and hook is not None:
         fail("give --layer or --hook, not both")
     try:
-        sae = TopKSAE.from_pretrained(folder, device=device)
+        sae = SparseCoder.from_pretrained(folder, device=device)
         where = folder / MAX_ACTIVATION
         statistics = MaxActivations.load(where) if where.is_dir() else None
     except (OSError, ValueError) as error:

@@ -29,7 +29,8 @@ _WAITS = ("sparse_grad_weight", "sparse_grad_weight_rows", "sparse_adam_step")
 
 
 def check(unknown: list[Check], device: torch.device) -> dict[Check, Result]:
-    """Results for checks that the record has none of; recorded where they are certain."""
+    """Results for checks that the record has none of; recorded where they are certain, those of
+    interpreted kernels for this process only."""
     record = _verified.record(device)
     if unknown[0].backend == "cpu":
         return {c: _in_process(c, device) for c in unknown}
@@ -41,7 +42,11 @@ def check(unknown: list[Check], device: torch.device) -> dict[Check, Result]:
         interpret = device.type != "cuda"
         scale = "tiny" if interpret else "production"
         found = run.isolated(left, device, scale=scale, interpret=interpret) if left else {}
-        record.write({c: r for c, r in found.items() if r.state in (PASSED, FAILED)})
+        certain = {c: r for c, r in found.items() if r.state in (PASSED, FAILED)}
+        if interpret:  # says nothing about the device that the record is of
+            record.results |= certain
+        else:
+            record.write(certain)
     return {c: found.get(c, record[c]) for c in unknown}
 
 

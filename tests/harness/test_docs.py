@@ -85,7 +85,7 @@ def test_the_python_runs(page, monkeypatch, tmp_path):
 
 def test_no_python_goes_untested():
     with_python = {name_of(p) for p in PAGES if python_in(name_of(p))}
-    # a client needs a server: tests/serve/test_serve.py
+    # a client needs a server: tests/serve/test_api.py
     assert with_python == {*PREPARED, "docs/serving.md"}
 
 
