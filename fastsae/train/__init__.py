@@ -1,4 +1,4 @@
-"""Training of sparse coders, on activations from anywhere (`fastsae.lm.harvest` has those of a language model)."""
+"""Training of sparse coders; `fastsae.lm.harvest` has the activations of a language model."""
 
 from .trainer import TrainConfig, Trainer, train_sae
 
