@@ -26,6 +26,7 @@ from .compile import Compiler, Entry
 from .describe import describe
 from .operations import Operation, Program
 from .positions import Positions, is_bos, past_length, prompt_and_generated, token_mask
+from .prompts import unwatch, watch
 
 Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -91,11 +92,14 @@ class Receipt:
         calls: of the site.
         tokens: that it put out in them (those that positions leave alone included); of a compiled
             model 0, where only that there was a call is known.
+        chosen: how many of the tokens positions did not leave alone, as a tensor where the model
+            lies; None: not counted, because positions leave none alone or the model is compiled.
     """
 
     site: str
     calls: int = 0
     tokens: int = 0
+    chosen: torch.Tensor | None = None
 
     def add(self, tokens: int | None) -> None:
         """Counts a call; None: of a compiled model."""
@@ -168,10 +172,11 @@ class Steerer:
         self._only: torch.Tensor | None = None
         self._prompt_length: int | None = None
         self._guessed = False  # by the first call
+        self._unchecked = True  # what `exclude` names, against a prompt
         self._in_pass = self._seen = False  # of the model; the site, in it
         self._tokens: torch.Tensor | None = None  # that the pass is given, [B, T] or [B, T, D]
         self._mask: torch.Tensor | None = None
-        self._module, self._inputs = module, inputs
+        self._model, self._module, self._inputs = model, module, inputs
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._ids_first = self._names[:1] == ("input_ids",)
         _taken.setdefault(module, set()).add(inputs)
@@ -244,9 +249,10 @@ class Steerer:
         Args:
             programs: one list of operations per sequence, or None to leave a sequence alone.
             positions: which tokens, `positions.prompt_and_generated()` by default.
-            prompt_length: columns that belong to the prompt; by default those of the first call.
-            unedited: what happens when the block ends and no call has passed through the site:
-                "error", "warn" or "ignore". `receipt` says what has.
+            prompt_length: columns that belong to the prompt; by default those that `generate` is
+                given, and of a model that is called by hand those of the first call.
+            unedited: what happens when the block ends and no token was edited: "error", "warn" or
+                "ignore". `receipt` says what was.
 
         Raises:
             ValueError: too many programs or entries, a latent out of range, unit="max" without
@@ -262,15 +268,23 @@ class Steerer:
             yield self
         finally:
             self.clear()
-        if not self.receipt.calls and unedited != "ignore" and any(programs):
-            message = (
-                f"steer: nothing passed through {self.site} inside the block, so nothing was "
-                "edited. Was the model compiled before attach, another copy of it run, or a "
-                "captured graph replayed (then: unedited='ignore')?"
-            )
-            if unedited == "error":
+        if unedited != "ignore" and any(programs):
+            message = None
+            if not self.receipt.calls:
+                message = (
+                    f"steer: nothing passed through {self.site} inside the block, so nothing was "
+                    "edited. Was the model compiled before attach, another copy of it run, or a "
+                    "captured graph replayed (then: unedited='ignore')?"
+                )
+            elif self.receipt.chosen is not None and not bool(self.receipt.chosen):
+                message = (
+                    f"steer: {self.receipt.tokens} tokens passed through {self.site}, and "
+                    "positions left all of them alone, so nothing was edited"
+                )
+            if message is not None and unedited == "error":
                 raise RuntimeError(message)
-            warnings.warn(message, stacklevel=3)
+            if message is not None:
+                warnings.warn(message, stacklevel=3)
 
     def set(
         self,
@@ -297,7 +311,18 @@ class Steerer:
         self._positions = where
         self._only = None if only is None else torch.tensor(only, device=self._slots.device)
         self._prompt_length, self._guessed = prompt_length, False
+        self._unchecked = prompt_length is None  # else a call need not begin with a prompt
         self.receipt = Receipt(self.site)
+        if prompt_length is None and where.prompt != where.generated:
+            watch(self._model, self)
+
+    def begin_generate(self, prompt_length: int) -> None:
+        """Of `prompts.Watcher`: `generate` was given so many columns."""
+        self._prompt_length, self._guessed, self._unchecked = prompt_length, False, True
+
+    def end_generate(self) -> None:
+        """Of `prompts.Watcher`: the next call has a prompt of its own."""
+        self._prompt_length = None
 
     def _put_in_force(self, programs: Sequence[Program | None]) -> None:
         self._write(programs)
@@ -329,6 +354,7 @@ class Steerer:
 
     def clear(self) -> None:
         """Nothing is steered any more; replayed graphs neither."""
+        unwatch(self._model, self)
         self._slots.zero_()
         self._sequences = 0
         self._mask = self._tokens = None
@@ -413,10 +439,15 @@ class Steerer:
             tokens = kwargs["inputs_embeds"]
         if self._prompt_length is None:  # the first pass
             self._prompt_length, self._guessed = int(past_length(kwargs)) + tokens.shape[1], True
-            self._refuse_unseen(where, kwargs)
         elif self._guessed and where.prompt != where.generated and tokens.shape[1] > 1:
             self._refuse_ambiguous(kwargs)
+        if self._unchecked:
+            self._unchecked = False
+            self._refuse_unseen(where, kwargs)
         self._mask = token_mask(where, kwargs, self._prompt_length, self._bos, self._only)
+        if not torch.compiler.is_compiling() and not is_capturing(self._mask.device):
+            chosen, before = self._mask.sum(), self.receipt.chosen
+            self.receipt.chosen = chosen if before is None else before + chosen
 
     def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
         """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens
@@ -431,8 +462,17 @@ class Steerer:
 
     def _refuse_unseen(self, where: Positions, kwargs: dict[str, Any]) -> None:
         """What was asked to be left out must be there and be known. Looks once, at a prompt."""
-        ids = kwargs.get("input_ids")
-        if ids is None or torch.compiler.is_compiling() or is_capturing(ids.device):
+        ids, masked = kwargs.get("input_ids"), kwargs.get("attention_mask") is not None
+        like = kwargs["inputs_embeds"] if ids is None else ids
+        if torch.compiler.is_compiling() or is_capturing(like.device):
+            return
+        unknown = "pad" in where.exclude and not masked
+        if ids is None:
+            if unknown and len(like) > 1:
+                raise ValueError(
+                    "steer: exclude='pad' for several sequences of inputs_embeds needs an "
+                    "attention_mask, which says where padding is"
+                )
             return
         begins = where.prompt and int(past_length(kwargs)) == 0
         if begins and "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
@@ -441,12 +481,18 @@ class Steerer:
                 f"({', '.join(map(str, self._bos))}); put it in front, or leave the exclusion out"
             )
         # generate() gives the model no mask where there is no padding
-        unmasked = "pad" in where.exclude and kwargs.get("attention_mask") is None
-        # a BOS or EOS that doubles as padding may stand for itself
-        named = self._pad is not None and self._pad not in (*self._bos, *self._eos)
-        if unmasked and named and bool((ids == self._pad).any()):
+        if not unknown:
+            return
+        pads = self._eos if self._pad is None else (self._pad,)
+        padding = torch.isin(ids, torch.tensor(pads, dtype=ids.dtype, device=ids.device))
+        if set(pads) & {*self._bos, *self._eos}:
+            # may stand for itself: alone, inside, and as the BOS in front
+            edges = torch.stack([padding[:, 0] & padding[:, 1:2].any(1), padding[:, -1]])
+            padding = edges if len(ids) > 1 else edges[:0]
+        if bool(padding.any()):
+            names = ", ".join(map(str, pads))
             raise ValueError(
-                f"steer: exclude='pad', and the call has tokens {self._pad}, the model's padding, "
+                f"steer: exclude='pad', and the call has tokens {names}, the model's padding, "
                 "but no attention_mask, which says where it is"
             )
 
@@ -462,15 +508,25 @@ class Steerer:
     def _on_inputs(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._sequences:
             return None
-        if args:
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
             return (self._edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": self._edit(kwargs["hidden_states"])}
+        raise TypeError(
+            f"steer: what goes into {self.site} cannot be steered: neither its first argument nor "
+            "hidden_states is an activation"
+        )
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
         compiling, leading = torch.compiler.is_compiling(), x.shape[:-1]
+        if not leading or x.shape[-1] != self._enc.shape[2]:
+            raise ValueError(
+                f"steer: {self.site} has activations {list(x.shape)}, and what was attached is for "
+                f"[B, T, {self._enc.shape[2]}]"
+            )
         self.receipt.add(None if compiling else leading.numel())
         if self._in_pass:
-            if self._seen and not compiling:
+            if self._seen:
                 raise RuntimeError(
                     f"steer: {self.site} runs more than once in a pass of the model, and would be "
                     "edited as often; attach to a module that runs once"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,13 +69,14 @@ def past_length(kwargs: dict[str, Any]) -> Any:
     Raises:
         ValueError: there is a cache that does not say (a state-space model's), nor does anything.
     """
-    # transformers 5.24, 4.56, older; state-space models
-    names = ("cache", "past_key_values", "past_key_value", "cache_params")
+    # transformers 5.24, 4.56, older; state-space models; RWKV
+    names = ("cache", "past_key_values", "past_key_value", "cache_params", "state")
     cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
+        with contextlib.suppress(ValueError):  # layers without attention know none
+            return cache.get_seq_length()
     place = kwargs.get("cache_position")
     if place is None:
         raise ValueError(

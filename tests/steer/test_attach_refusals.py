@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import namedtuple
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -50,22 +52,79 @@ def test_a_block_in_which_nothing_was_edited_says_so(gpt2):
 
 
 @torch.no_grad()
-def test_a_prompt_in_chunks_is_not_confused_with_what_is_generated(gpt2):
-    """generate(prefill_chunk_size=3), assisted decoding, prompt lookup: several tokens a call."""
-    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(1, 8)
-    program = [[clamp(3, 6.0)]]
+@pytest.mark.parametrize("where", ["prompt_only", "generated_only"])
+@pytest.mark.parametrize("length", [4, 7, 8])
+def test_a_prompt_in_chunks_is_not_confused_with_what_is_generated(gpt2, length, where):
+    """generate(prefill_chunk_size=), prompt lookup: the last chunk may be one token, and a pass may
+    begin with tokens that were proposed."""
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(1, length)
+    program, where = [[clamp(3, 6.0)]], getattr(positions, where)()
     whole = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
-    for where in (positions.prompt_only(), positions.generated_only()):
-        with steerer.steer(program, where):
-            want = gpt2.generate(ids, **whole)
-        with pytest.raises(ValueError, match="prompt_length="), steerer.steer(program, where):
-            gpt2.generate(ids, prefill_chunk_size=3, **whole)
-        with steerer.steer(program, where, prompt_length=8):
-            assert torch.equal(gpt2.generate(ids, prefill_chunk_size=3, **whole), want)
-            assert torch.equal(gpt2.generate(ids, prompt_lookup_num_tokens=2, **whole), want)
-    with steerer.steer(program):  # every token: nothing to confuse
+    with steerer.steer(program, where, prompt_length=length):
         want = gpt2.generate(ids, **whole)
-        assert torch.equal(gpt2.generate(ids, prefill_chunk_size=3, **whole), want)
+    for more in (
+        {}, *({"prefill_chunk_size": n} for n in (1, 3, 6)), {"prompt_lookup_num_tokens": 2}
+    ):  # fmt: skip
+        with steerer.steer(program, where):
+            assert torch.equal(gpt2.generate(ids, **more, **whole), want), more
+            assert torch.equal(gpt2.generate(input_ids=ids, **more, **whole), want)
+    assert "generate" not in vars(gpt2)
+    with steerer.steer(program, where, unedited="ignore"):  # by hand: nobody knows
+        cache = gpt2(ids[:, :2], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="prompt_length="):
+            gpt2(ids[:, 2:], past_key_values=cache)
+    steerer.detach()
+
+
+@torch.no_grad()
+def test_a_copy_made_inside_a_block_generates_by_itself(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(1, 4)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    clean = gpt2.generate(ids, **options)
+    with steerer.steer([[clamp(3, 60.0)]], positions.generated_only(), unedited="ignore"):
+        copied = copy.deepcopy(gpt2)
+    assert torch.equal(copied.generate(ids, **options), clean)
+    steerer.detach()
+
+
+def test_positions_that_leave_every_token_alone_are_told(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(1, 4)
+    with (
+        pytest.raises(RuntimeError, match="4 tokens passed .* left all of them alone"),
+        steerer.steer([[clamp(3, 6.0)]], positions.at([100])),
+    ):
+        gpt2(ids)
+    with steerer.steer([[clamp(3, 6.0)]], positions.at([1, 2])):
+        gpt2(ids)
+    assert int(steerer.receipt.chosen) == 2
+    steerer.detach()
+
+
+def test_padding_that_nobody_can_see_is_refused(gpt2):
+    """A BOS or EOS as padding, of several sequences without a mask."""
+    steerer, ids = attach(gpt2, None, layer=LAYER, max_batch=2), prompt(2, 4)
+    steerer._pad, steerer._eos = None, (9,)
+    program, where = [[add_vector(randn(D, seed=1))]] * 2, positions.prompt_only(exclude=["pad"])
+    with steerer.steer(program, where):
+        gpt2(ids.clamp(min=10))
+    ids[0, :2] = 9
+    with pytest.raises(ValueError, match="no attention_mask"), steerer.steer(program, where):
+        gpt2(ids)
+    with pytest.raises(ValueError, match="inputs_embeds"), steerer.steer(program, where):
+        gpt2(inputs_embeds=randn(2, 4, D, seed=2))
+    with steerer.steer(program, where):
+        gpt2(ids, attention_mask=torch.ones(2, 4))
+    steerer.detach()
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc", "transformer.wte"])
+def test_a_site_of_another_width_or_without_activations_is_named(gpt2, name):
+    steerer = attach(gpt2, None, hook=name, inputs=name.endswith("wte"))
+    with (
+        pytest.raises((ValueError, TypeError), match=re.escape(name)),
+        steerer.steer([[add_vector(randn(D, seed=1))]]),
+    ):
+        gpt2(prompt(1))
     steerer.detach()
 
 
@@ -77,6 +136,15 @@ def test_a_cache_of_unknown_length_is_refused_where_positions_need_it():
     ids["cache_position"] = torch.tensor([6])
     assert positions.token_mask(where, ids, 4, (0,), None).all()
     assert not positions.token_mask(positions.prompt_only(), ids, 4, (0,), None).any()
+
+    class NoAttention:
+        def get_seq_length(self):
+            raise ValueError("get_seq_length can only be called on Attention layers")
+
+    for name, cache in (("past_key_values", NoAttention()), ("state", [torch.zeros(1)])):  # RWKV's
+        given = {"input_ids": ids["input_ids"], name: cache}
+        with pytest.raises(ValueError, match="does not say how many tokens it holds"):
+            positions.token_mask(where, given, 4, (0,), None)
 
 
 def test_a_site_that_runs_twice_a_pass_is_refused():
@@ -92,8 +160,9 @@ def test_a_site_that_runs_twice_a_pass_is_refused():
     steerer, x = attach(model, topk_sae(), hook="block"), randn(1, 3, D)
     with torch.no_grad(), steerer.steer([[clamp(3, 6.0)]]):
         model.block(x), model.block(x)  # by itself, outside a pass
-        with pytest.raises(RuntimeError, match="block runs more than once in a pass"):
-            model(x)
+        for run in (model, torch.compile(model, backend="eager")):
+            with pytest.raises(RuntimeError, match="block runs more than once in a pass"):
+                run(x)
     steerer.detach()
 
 
@@ -130,6 +199,9 @@ def test_what_is_to_be_left_out_must_be_there(gpt2):
     steerer.detach()
     gpt2.config.__dict__ |= {"bos_token_id": 1, "eos_token_id": 1}  # doubles as padding
     steerer = attach(gpt2, topk_sae(), layer=LAYER)
+    with pytest.raises(ValueError, match="no attention_mask"), steerer.steer(program, where):
+        gpt2(padded)
+    padded[0, 1] = 2  # a BOS in front
     with steerer.steer(program, where):
         gpt2(padded)
     where = positions.prompt_and_generated(exclude="bos")
