@@ -33,3 +33,12 @@ def _plain(value: Any, kind: str) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     return float(value) if kind == "float" and type(value) is int else value
+
+
+def plain_numbers(value: Any) -> Any:
+    """Dicts, lists and tuples with Python's numbers in place of NumPy's; all else as it is."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain_numbers(one) for one in value)
+    return value.item() if type(value).__module__ == "numpy" and value.shape == () else value

@@ -23,21 +23,31 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     Whoever reads `path` sees the old file or the whole new one, also after a crash.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    write_all({path: write})
+
+
+def write_all(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """`write_atomic` of several files of a folder: none changes before all are written."""
+    made: dict[Path, Path] = {}  # temporary -> file
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp makes the file private; give it the usual mode
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            made[temporary] = path
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)  # mkstemp makes the file private; give it the usual mode
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+        for temporary, path in made.items():
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        for temporary in made:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -47,11 +57,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_atomic` of one UTF-8 text."""
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
 
-    write_atomic(path, write)
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def json_text(report: dict[str, Any]) -> str:
@@ -92,8 +102,12 @@ def save(
     text = json.dumps(header, indent=2) + "\n"
     where = Path(directory)
     metadata = {"format": kind, "format_version": str(VERSION), "save_id": save_id}
-    write_atomic(where / WEIGHTS, lambda p: save_file(kept, p, metadata=metadata))
-    write_text_atomic(where / CONFIG, text)
+    write_all(
+        {
+            where / WEIGHTS: lambda p: save_file(kept, p, metadata=metadata),
+            where / CONFIG: lambda p: _write_text(p, text),
+        }
+    )
 
 
 def _tied(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._capture import is_capturing
-from .._config import make_plain
+from .._config import make_plain, plain_numbers
 from .._files import write_atomic
 from ..nn import SparseCoder, fvu
 from ..optim import FusedAdam
@@ -245,7 +245,7 @@ class Trainer:
             "step_count": self.step_count,
             "tokens": self.tokens,
             "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_numbers(self.optimizer.state_dict()),
         }
         write_atomic(Path(path), lambda p: torch.save(state, p))
 
@@ -281,6 +281,15 @@ class Trainer:
         if differ:
             pairs = ", ".join(f"{k} {saved.get(k)!r} (here {here[k]!r})" for k in differ)
             raise ValueError(f"{path}: saved by a run with {pairs}")
+        sizes = [
+            [len(group["params"]) for group in groups]
+            for groups in (state["optimizer"]["param_groups"], self.optimizer.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{path}: its optimizer has parameter groups of {sizes[0]} tensors, this one of "
+                f"{sizes[1]} (are weights tied in one of them?)"
+            )
         try:
             self.sae.load_state_dict(state["sae"])
         except RuntimeError as error:

@@ -352,6 +352,20 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     assert torch.equal(TopKSAE.from_pretrained(tmp_path).W_enc, old.W_enc)
 
 
+def test_a_config_that_cannot_be_written_leaves_the_old_weights(tmp_path, monkeypatch):
+    old = make()
+    old.save_pretrained(tmp_path)
+
+    def fail(path, text):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_files, "_write_text", fail)
+    with pytest.raises(OSError, match="no space left"):
+        make(seed=9).save_pretrained(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(TopKSAE.from_pretrained(tmp_path).W_enc, old.W_enc)
+
+
 def test_can_be_built_from_fake_tensors():
     """Tools that plan memory build modules under FakeTensorMode."""
     from torch._subclasses.fake_tensor import FakeTensorMode

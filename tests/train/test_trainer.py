@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from fastsae.nn import TopKSAE, fvu
+from fastsae.optim import FusedAdam
 from fastsae.train import TrainConfig, Trainer, train_sae
 from fastsae.train.trainer import shuffled
 
@@ -141,6 +143,38 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
         torch.save(state, path)
         with pytest.raises(ValueError, match=why):
             trainer().load(path)
+
+
+def test_an_optimizer_made_of_numpy_scalars_is_saved_readably(tmp_path):
+    def trainer(kind):
+        sae = TopKSAE(D, F, K, seed=0)
+        options = {
+            "lr": np.float64(1e-3),
+            "betas": (np.float64(0.9), 0.99),
+            "eps": np.float32(1e-8),
+        }
+        return Trainer(sae, TrainConfig(3), kind(sae.parameters(), **options))
+
+    for kind in (FusedAdam, torch.optim.Adam):
+        first = trainer(kind)
+        first.step(data(100))
+        first.save(tmp_path / "run.pt")
+        again = trainer(kind)
+        again.load(tmp_path / "run.pt")
+        assert again.step_count == 1 and torch.equal(again.sae.W_enc, first.sae.W_enc)
+
+
+def test_a_checkpoint_of_tied_weights_is_refused_by_name(tmp_path):
+    sae = TopKSAE(D, F, K, seed=0, normalize_decoder=False)
+    sae.W_enc = sae.W_dec
+    Trainer(sae, TrainConfig(3), torch.optim.Adam(sae.parameters())).save(tmp_path / "run.pt")
+    other = TopKSAE(D, F, K, seed=1, normalize_decoder=False)
+    before = other.W_enc.detach().clone()
+    with pytest.raises(ValueError, match="run.pt: .*parameter groups"):
+        Trainer(other, TrainConfig(3), torch.optim.Adam(other.parameters())).load(
+            tmp_path / "run.pt"
+        )
+    assert torch.equal(other.W_enc, before)
 
 
 def test_schedule():
