@@ -87,6 +87,7 @@ lib.define("_cpu_levels() -> str")
 lib.define("_set_cpu_level(str level) -> ()")
 lib.define("_cuda_image(int device) -> str")
 lib.define("_topk_encode_stats() -> Tensor")
+lib.define("_topk_encode_design(Tensor x, int F, int k) -> str")
 lib.define(  # a part of topk_encode: see csrc/cuda/topk_encode.cu
     "topk_encode_record_cuda(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? rank_scale, "
     "Tensor threshold, int begin, int end, Tensor(a!) scores, Tensor(b!) columns, "

@@ -147,6 +147,19 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_bounds(const Tensor& x, const Ten
   return {lower, upper, exact};
 }
 
+// The design that takes x [N, D] against F latents at the level in force; no memory is read.
+std::string topk_encode_design(const Tensor& x, int64_t F, int64_t k) {
+  const char* names[] = {"stream", "plain", "bounded"};
+  std::string name;
+  with_float_type(x.scalar_type(), kOp, [&](auto zero) {
+    using In = decltype(zero);
+    name =
+        names[design_of(Problem<In>(kernels_at<In>(cpu_level()), nullptr, nullptr, nullptr, nullptr,
+                                    x.size(0), x.size(1), F, k, false, nullptr, nullptr))];
+  });
+  return name;
+}
+
 Tensor topk_encode_stats() {
   Tensor out = torch::stable::empty({4}, ScalarType::Long);
   for (int i = 0; i < 4; ++i) mutable_data<int64_t>(out)[i] = g_stats[i];
@@ -159,6 +172,7 @@ Tensor topk_encode_stats() {
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
   m.impl("topk_encode_cpu", TORCH_BOX(&fastsae::topk_encode_cpu));
   m.impl("_topk_encode_bounds", TORCH_BOX(&fastsae::topk_encode_bounds));
+  m.impl("_topk_encode_design", TORCH_BOX(&fastsae::topk_encode_design));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CompositeExplicitAutograd, m) {
   m.impl("_topk_encode_stats", TORCH_BOX(&fastsae::topk_encode_stats));

@@ -74,6 +74,7 @@ def compare_steering(
         fail_missing(error)
     from .._files import json_text, write_text_atomic
     from ..lm.load import load_subject
+    from ..lm.tokens import encoded
     from ..steer import attach, describe
     from ..steer.compare import Trial, compare, plot
     from ..steer.sweep import Sampling
@@ -99,7 +100,7 @@ def compare_steering(
             words = _concept(concept, subject, trained, feature, text)
             vector, examples = _vector(subject, positive, negative, words, text)
             if prefix is not None:
-                examples = [_ids(subject.tokenizer, prefix)] * PREFIXES
+                examples = [encoded(subject.tokenizer, prefix, bos=False)] * PREFIXES
             trial = Trial(
                 own_prompts or text.held_out.tokens[:PROMPTS, :PROMPT_TOKENS].tolist(),
                 own_neutral or text.held_out.tokens[PROMPTS:][:NEUTRAL, :NEUTRAL_TOKENS].tolist(),
@@ -163,11 +164,6 @@ class _Text:
             )
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 def _texts(path: Path) -> list[str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
@@ -194,6 +190,7 @@ def _vector(
     subject: Subject, positive: Path | None, negative: Path | None, words: Any, text: _Text
 ) -> tuple[Any, list[list[int]]]:
     """The difference of means, and a few positive texts as token ids."""
+    from ..lm.tokens import encoded
     from ..steer.concept import excerpts, leads
     from ..steer.vectors import difference_of_means, prompt_activations
 
@@ -202,7 +199,8 @@ def _vector(
             prompt_activations(subject.model, subject.tokenizer, _texts(path), hook=subject.site)
             for path in (positive, negative)
         ]
-        examples = [_ids(subject.tokenizer, line + "\n") for line in _texts(positive)[:PREFIXES]]
+        lines = _texts(positive)[:PREFIXES]
+        examples = [encoded(subject.tokenizer, line + "\n", bos=False) for line in lines]
         return difference_of_means(*means), examples
     follows = leads(text.store, words)
     if not bool(follows.any()):

@@ -91,6 +91,7 @@ def windows_of(
     *,
     per_document: int | None = None,
     skip_first: int = 1,
+    bos: bool = True,
 ) -> Windows:
     """Tokenises `(name, text)` pairs and cuts them into windows of `length` tokens.
 
@@ -101,18 +102,19 @@ def windows_of(
         max_windows: stop here.
         per_document: at most this many windows of one document, spread over it.
         skip_first: see `Windows`.
+        bos: False: windows begin with the text's own tokens.
 
     Raises:
         ValueError: the text is too short for one window.
     """
-    first = head(tokenizer)
+    first = head(tokenizer) if bos else []
     body = length - len(first)
     if body < 1:
         raise ValueError(f"windows_of: length must be at least 2, got {length}")
     rows: list[list[int]] = []
     names: list[str] = []
     for name, text in documents:
-        ids = encoded(tokenizer, text)[len(first) :]
+        ids = encoded(tokenizer, text, bos=bos)[len(first) :]
         count = len(ids) // body
         taken = range(count)
         if per_document is not None and count > per_document:

@@ -36,6 +36,7 @@ def prompt_activations(
     hook: str | None = None,
     position: str = "last",
     batch: int = 16,
+    bos: bool = True,
 ) -> torch.Tensor:
     """What a site of a causal model puts out for each prompt.
 
@@ -43,6 +44,7 @@ def prompt_activations(
         layer, hook: the site, as in `attach`.
         position: "last", the last token's activation; "mean", over the tokens without the BOS.
         batch: prompts of one forward pass.
+        bos: False: no BOS is put in front (`lm.tokens.encoded`).
 
     Returns:
         [P, D], in the model's dtype.
@@ -54,7 +56,7 @@ def prompt_activations(
         raise ValueError(f"prompt_activations: position must be 'last' or 'mean', got {position!r}")
     module = find_site(model, layer, hook)[1]
     device = device_of(model)
-    rows = [encoded(tokenizer, text) for text in prompts]
+    rows = [encoded(tokenizer, text, bos=bos) for text in prompts]
     if not rows or not all(rows):
         raise ValueError("prompt_activations: needs prompts, none of them empty")
     out = []

@@ -111,6 +111,8 @@ def test_the_bos_stands_once(make):
     assert encoded(tokenizer, "") == []
     windows = windows_of([("d", again + " a self" * 9)], tokenizer, 5)
     assert (windows.tokens[:, 0] == first).all() and not (windows.tokens[:, 1:] == first).any()
+    bare = windows_of([("d", " a self" * 9)], tokenizer, 5, bos=False)
+    assert bare.tokens.shape[1] == 5 and not (bare.tokens == first).any()
 
 
 def test_a_tokenizer_without_a_bos_gets_none():

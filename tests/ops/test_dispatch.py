@@ -140,3 +140,14 @@ def test_triton_takes_cpu_tensors_only_when_interpreted():
     interpreted = python(code, TRITON_INTERPRET="1").stdout
     assert "triton: usable" in interpreted
     assert "torch.float32: triton" not in interpreted  # never the default on a CPU
+
+
+@pytest.mark.skipif(fastsae._library.CPU_MISSING is not None, reason="the C++ kernels")
+def test_explain_names_the_design_of_the_cpu():
+    W = torch.randn(4096, 64)
+    for n, design in ((1, "stream"), (129, None)):
+        values, _ = fastsae.ops.topk_encode(torch.randn(n, 64), W, None, 8)
+        taken = ("stream", "plain", "bounded", "bounded")[torch.ops.fastsae._topk_encode_stats()[0]]
+        assert design in (None, taken) and values.shape == (n, 8)
+        told = fastsae.explain("topk_encode", torch.randn(n, 64), W, None, 8)
+        assert f"C++ design: {taken} (" in told

@@ -346,6 +346,10 @@ def test_the_steerer_ranks_by_the_norms_of_now(gpt2):
 def test_tables_are_of_the_sites_dtype():
     model = torch.nn.Sequential(torch.nn.Linear(D, D).bfloat16(), torch.nn.Linear(D, D))
     steerer = attach(model, topk_sae(), hook="1")
+    x = randn(1, 3, D)
+    plain = model[1](x)
     with torch.no_grad(), steerer.steer([[clamp(3, 6.0)]]):
-        model[1](randn(1, 3, D))
+        edited = model[1](x)
+    assert steerer._enc.dtype == edited.dtype == torch.float32
+    assert steerer.receipt.calls == 1 and not torch.equal(edited, plain)
     steerer.detach()
