@@ -9,23 +9,22 @@ class FeatureStats:
     """Running statistics of F latents over a stream of tokens. Memory O(F · kept), none O(N · F).
 
     Per latent: how often it fires, the sum and the maximum of its activation, the `kept` windows
-    where it fires strongest (one place per window, so that one text does not fill the list), and
-    `sampled` windows where it fires at all, drawn evenly by a hash of the place.
+    where its activation is largest (one place per window, so that one text does not fill the
+    list), and `sampled` windows where it fires at all, drawn evenly by a hash of the place.
 
     Ties are broken by position; the result does not depend on how the stream is cut into batches.
 
     Attributes:
         n_tokens: tokens seen.
-        count: [F] int64, tokens on which the latent is positive.
+        count: [F] int64, tokens on which the latent fires: its activation is not 0.
         total: [F] float64, sum of its activations.
-        max: [F] float32, its maximum.
     """
 
     def __init__(self, n_latents: int, *, kept: int = 32, sampled: int = 8, seed: int = 0):
         self.n_tokens = 0
         self.count = torch.zeros(n_latents, dtype=torch.long)
         self.total = torch.zeros(n_latents, dtype=torch.float64)
-        self.max = torch.zeros(n_latents, dtype=torch.float32)
+        self._max = torch.full((n_latents,), -torch.inf, dtype=torch.float32)
         self._top = _TopPlaces(n_latents, kept)
         self._random = _TopPlaces(n_latents, sampled)
         self._seed = seed
@@ -49,7 +48,7 @@ class FeatureStats:
             return
         self.count += torch.bincount(latent, minlength=len(self.count))
         self.total.index_add_(0, latent, value.double())
-        self.max.scatter_reduce_(0, latent, value, "amax")
+        self._max.scatter_reduce_(0, latent, value, "amax")
 
         # the strongest place of every (latent, window), the first of equals: [F, B]
         n_latents, n_windows = len(self.count), places.shape[0]
@@ -66,6 +65,12 @@ class FeatureStats:
         names = spot * n_latents + torch.arange(n_latents)[:, None]
         hashed = _hash(names, self._seed).masked_fill(~fires, -torch.inf)
         self._random.add(hashed, best, spot)
+
+    @property
+    def max(self) -> torch.Tensor:
+        """[F] float32: the largest activation where the latent fires, which is negative where all
+        are (an identity activation); 0 where it never fires."""
+        return self._max.masked_fill(self.count == 0, 0.0)
 
     @property
     def density(self) -> torch.Tensor:

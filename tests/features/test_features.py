@@ -101,3 +101,12 @@ def test_example_has_the_text_and_activations_around_its_place() -> None:
     assert got.tokens == ["i", "j", "k", "l"]
     assert got.peak == 1
     assert got.activations[1] == pytest.approx(float(values[place, 0].detach()), abs=1e-3)
+
+
+def test_negative_activations_have_a_maximum():
+    """An identity activation: the largest of what fired, not 0."""
+    stats = FeatureStats(3)
+    values = torch.tensor([[[-3.0], [-2.0], [0.0]]])
+    stats.update(values, torch.tensor([[[1], [1], [2]]]), torch.arange(3)[None])
+    assert stats.max.tolist() == [0.0, -2.0, 0.0] and stats.count.tolist() == [0, 2, 0]
+    assert stats.top(1)[1].tolist() == [-2.0]
