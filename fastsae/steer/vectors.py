@@ -18,7 +18,7 @@ from torch import nn
 from ..lm.harvest import activations_at
 from ..lm.sites import blocks_of, device_of, find_site
 from ..lm.tokens import encoded
-from .attach import Steerer, attach
+from .attach import Receipt, Steerer, attach
 from .operations import Program, project_out
 from .positions import Positions
 
@@ -113,12 +113,21 @@ class Everywhere:
         positions: Positions | None = None,
         *,
         prompt_length: int | None = None,
+        unedited: str = "error",
     ) -> Iterator[Everywhere]:
-        """`Steerer.steer` at every site."""
+        """`Steerer.steer` at every site; each has a receipt of its own (`receipts`)."""
         with ExitStack() as stack:
             for steerer in self.steerers:
-                stack.enter_context(steerer.steer(programs, positions, prompt_length=prompt_length))
+                block = steerer.steer(
+                    programs, positions, prompt_length=prompt_length, unedited=unedited
+                )
+                stack.enter_context(block)
             yield self
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """Of every site, in the order of `steerers`."""
+        return [steerer.receipt for steerer in self.steerers]
 
     def detach(self) -> None:
         """Takes all hooks off."""

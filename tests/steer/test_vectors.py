@@ -98,6 +98,12 @@ def test_everywhere_takes_a_program_for_each_sequence(family):
     with everywhere.steer([[project_out(r)], None]):
         got = model.generate(ids, **options)
     handle.remove()
+    assert len(everywhere.receipts) == 3 * 3 + 1 and all(one.calls for one in everywhere.receipts)
+    with everywhere.steer([[project_out(r)], None], positions.generated_only()):
+        model.generate(ids, **options)  # one prompt for ten watchers
+    assert "generate" not in vars(model)
+    with everywhere.steer([[project_out(r)], None], unedited="ignore"):
+        pass
     along = torch.cat(seen, 1) @ (r / r.norm())  # [2, 9]
     assert along.shape == (2, 9)
     assert float(along[0].abs().max()) < 1e-4 < float(along[1].abs().mean())
