@@ -90,7 +90,7 @@ def save(
 
     Raises:
         TypeError: `config` holds what JSON cannot.
-        ValueError: two tensors share a part of their memory.
+        ValueError: two tensors share a part of their memory, or one holds no values.
     """
     from safetensors.torch import save_file
 
@@ -117,6 +117,8 @@ def _tied(
     kept: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"save: {name} holds no values (device meta)")
         for other in kept:
             first = tensors[other]
             if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():

@@ -29,7 +29,7 @@ def merge(param: torch.Tensor, recorded: list[Factor]) -> Factor | None:
     joined: dict[tuple[int, ...], list[Factor]] = {}
     for f in recorded:
         joined.setdefault((f.rows.data_ptr(), *f.rows.shape, *f.rows.stride()), []).append(f)
-    parts = [
+    factors = [
         fs[0]
         if len(fs) == 1
         else Factor(
@@ -39,15 +39,15 @@ def merge(param: torch.Tensor, recorded: list[Factor]) -> Factor | None:
         )
         for fs in joined.values()
     ]
-    if len(parts) == 1:
-        return parts[0]
+    if len(factors) == 1:
+        return factors[0]
     # Factors of one width: AuxK selects another number of latents than the SAE. Padding a narrow
     # one costs pairs of value zero, cutting a wide one costs copies of its rows (about two pairs).
     width = min(
-        {f.values.shape[1] for f in parts},
-        key=lambda w: sum(-(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in parts),
+        {f.values.shape[1] for f in factors},
+        key=lambda w: sum(-(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in factors),
     )
-    values, indices, rows = zip(*(_cut(f, width) for f in parts), strict=True)
+    values, indices, rows = zip(*(_cut(f, width) for f in factors), strict=True)
     return Factor(torch.cat(values), torch.cat(indices), torch.cat(rows))
 
 

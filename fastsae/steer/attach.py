@@ -475,9 +475,9 @@ class Steerer:
                 )
             return
         begins = where.prompt and int(past_length(kwargs)) == 0
-        if begins and "bos" in where.exclude and not bool(is_bos(ids, self._bos).any()):
+        if begins and "bos" in where.exclude and not bool(is_bos(ids, self._bos).any(1).all()):
             raise ValueError(
-                f"steer: exclude='bos', but no token of this call is the model's BOS "
+                f"steer: exclude='bos', but in a sequence of this call no token is the model's BOS "
                 f"({', '.join(map(str, self._bos))}); put it in front, or leave the exclusion out"
             )
         # generate() gives the model no mask where there is no padding

@@ -366,6 +366,11 @@ def test_a_config_that_cannot_be_written_leaves_the_old_weights(tmp_path, monkey
     assert torch.equal(TopKSAE.from_pretrained(tmp_path).W_enc, old.W_enc)
 
 
+def test_weights_without_values_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="holds no values"):
+        TopKSAE(D, F, K, device="meta").save_pretrained(tmp_path)
+
+
 def test_can_be_built_from_fake_tensors():
     """Tools that plan memory build modules under FakeTensorMode."""
     from torch._subclasses.fake_tensor import FakeTensorMode

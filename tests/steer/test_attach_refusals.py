@@ -179,10 +179,12 @@ def test_what_is_to_be_left_out_must_be_there(gpt2):
         with steerer.steer(program, where):
             gpt2(ids)
         with (
-            pytest.raises(ValueError, match="no token of this call is the model's BOS"),
+            pytest.raises(
+                ValueError, match="in a sequence of this call no token is the model's BOS"
+            ),
             steerer.steer(program, where),
         ):
-            gpt2(without)
+            gpt2(torch.cat([ids[:1], without[1:]]))  # of one of two
         steerer.detach()
     gpt2.config.pad_token_id, padded = 1, ids.clone()
     padded[0, :2] = 1
@@ -201,7 +203,7 @@ def test_what_is_to_be_left_out_must_be_there(gpt2):
     steerer = attach(gpt2, topk_sae(), layer=LAYER)
     with pytest.raises(ValueError, match="no attention_mask"), steerer.steer(program, where):
         gpt2(padded)
-    padded[0, 1] = 2  # a BOS in front
+    padded[0, 1], padded[1, 0] = 2, 1  # a BOS in front
     with steerer.steer(program, where):
         gpt2(padded)
     where = positions.prompt_and_generated(exclude="bos")
