@@ -45,7 +45,9 @@ def merge(param: torch.Tensor, recorded: list[Factor]) -> Factor | None:
     # one costs pairs of value zero, cutting a wide one costs copies of its rows (about two pairs).
     width = min(
         {f.values.shape[1] for f in factors},
-        key=lambda w: sum(-(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in factors),
+        key=lambda w: sum(
+            -(-f.values.shape[1] // w) * f.values.shape[0] * (w + 2) for f in factors
+        ),
     )
     values, indices, rows = zip(*(_cut(f, width) for f in factors), strict=True)
     return Factor(torch.cat(values), torch.cat(indices), torch.cat(rows))
