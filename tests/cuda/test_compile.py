@@ -23,6 +23,10 @@ KERNEL = re.compile(r"Compiling entry function '\w+' for '(\w+)'")
 SPILL = re.compile(r"properties for (\w+)\s+\d+ bytes stack frame, ([1-9]\d*) bytes spill stores")
 
 
+# all that setup.py builds: the ops, and what serves them
+SOURCES = {p.stem: p for p in sorted((ROOT / "csrc/cuda").rglob("*.cu"))}
+
+
 def build():
     """setup.py's functions."""
     spec = importlib.util.spec_from_file_location("fastsae_setup", ROOT / "setup.py")
@@ -45,7 +49,7 @@ def reports(tmp_path_factory):
     flags = " ".join(command[1:]).replace(str(setup.torch_dir()), "").replace(str(ROOT), "")
 
     def compile_one(op):
-        source = cuda_host.SOURCES[op]
+        source = SOURCES[op]
 
         def compile_to(path):  # half a minute a file
             made = path.with_suffix(".o")
@@ -66,7 +70,7 @@ def reports(tmp_path_factory):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         archs = {f"sm_{a}" for a in re.findall(r"code=sm_(\w+)", " ".join(command))}
-        return archs, dict(pool.map(compile_one, cuda_host.SOURCES))
+        return archs, dict(pool.map(compile_one, SOURCES))
 
 
 @pytest.mark.slow
@@ -122,30 +126,36 @@ void torch_c10_cuda_free_error_msg(char* m) {}
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the library itself is loaded")
 def test_links_and_registers_every_op(reports, tmp_path):
-    """Each source alone: a build leaves out one that fails. With a stand-in for the functions of
-    libtorch_cuda that the library needs."""
+    """Each source alone, because a build leaves out one that fails, and all together. With a
+    stand-in for the functions of libtorch_cuda that the library needs."""
     setup = build()
+    assert {Path(p).stem for p in setup.SOURCES["fastsae._cuda"]} == set(SOURCES)
     _, link = setup.cuda_commands(setup.torch_dir(), tmp_path)
+    objects = {op: str(path.with_suffix(".o")) for op, path in reports[1].items()}
     libraries = []
-    for op, path in reports[1].items():
+    for op, some in [*((op, [path]) for op, path in objects.items()), ("all", objects.values())]:
         libraries.append(str(tmp_path / f"{op}.so"))
-        setup.run([*link[:1], str(path.with_suffix(".o")), "-o", libraries[-1], *link[1:]])
+        setup.run([*link[:1], *some, "-o", libraries[-1], *link[1:]])
+    whole = libraries.pop()
     stub = tmp_path / "libtorch_cuda.so"
     (tmp_path / "stub.c").write_text(TORCH_CUDA)
     flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub)]
     setup.run([*setup.compiler(), "-x", "c", str(tmp_path / "stub.c"), *flags])
     code = f"""
 import torch, fastsae
-for library in {libraries}:
+for library in LIBRARIES:
     torch.ops.load_library(library)
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-print([op for op in {list(cuda_host.REGISTERED.values())} if not has(op, "CUDA")])
+missing = [op for op in {list(cuda_host.REGISTERED.values())} if not has(op, "CUDA")]
+print(missing, has("fastsae::_cuda_image", "CompositeExplicitAutograd"))
 """
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "LD_BIND_NOW": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.stdout.strip() == "[]", run.stderr
+    for some in (libraries, [whole]):
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace("LIBRARIES", str(some))],
+            env=env, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.stdout.strip() == "[] True", run.stderr
 
 
 SHIM_TEST = r"""
