@@ -127,7 +127,7 @@ def compare_steering(
         write_text_atomic(out / "compare.json", json_text(report))
         shown = " ".join(repr(t) for t in named[:5]) + (" ..." if len(named) > 5 else "")
         plot(found, out / "compare.png", f"{subject.name}, latent {feature}: {shown}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         fail(" ".join(str(error).split()))
     _show(found, shown, out)
 

@@ -64,7 +64,7 @@ def steer(
                 seed,
                 f"latent {feature} at {strength:g} {unit}",
             )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(str(error))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import randn
 
-from fastsae.nn import TopKSAE
+from fastsae.nn import TopKConfig, TopKSAE
 from fastsae.nn.description import MAX_ACTIVATION
 from fastsae.steer import MaxActivations
 
@@ -59,7 +59,11 @@ def test_prints_both_texts(folder):
 
 def test_says_what_is_wrong_in_one_line(folder, tmp_path):
     options = ("--feature", 3, "--strength", 2, "--prompt", "import os")
+    TopKSAE(TopKConfig(256, 32, 4, d_out=128, apply_b_dec_to_input=False)).save_pretrained(
+        tmp_path / "transcoder"
+    )
     for arguments, message in (
+        (("--sae", tmp_path / "transcoder", "--layer", 1, *options), "transcoder"),
         (("--sae", tmp_path / "nowhere", *options), "no such file"),
         (("--sae", folder, *options, "--feature", 99), "whose SAE has 32"),
         (("--sae", folder, *options, "--unit", "sigma"), "unit must be"),
