@@ -10,7 +10,8 @@ from ._waiting import wait_passively
 wait_passively()  # before torch is loaded
 
 from . import nn, ops, optim  # noqa: E402
-from ._dispatch import explain, use_backend  # noqa: E402
+from ._dispatch import use_backend  # noqa: E402
+from ._explain import explain  # noqa: E402
 from ._version import __version__  # noqa: E402
 from ._warnings import KernelCheckWarning, SlowFallbackWarning  # noqa: E402
 from .info import info  # noqa: E402

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _library, _verified, _waiting
+from . import _dispatch, _explain, _library, _verified, _waiting
 from ._version import __version__
 
 
@@ -60,10 +60,10 @@ def info() -> dict[str, Any]:
             op: {
                 device: {
                     "designs": _designs(op, device),
-                    "backend": _dispatch.chosen(op, device, torch.float32),
+                    "backend": _explain.chosen(op, device, torch.float32),
                     "others": {
                         c.backend: c.missing or "usable"
-                        for c in _dispatch.verdicts(op, device, torch.float32)
+                        for c in _explain.verdicts(op, device, torch.float32)
                     },
                 }
                 for device in devices
@@ -98,7 +98,7 @@ def _designs(op: str, device: str) -> dict[str, dict[str, str]]:
     """The record of an op's designs by backend, fp32 and bf16."""
     found: dict[str, dict[str, str]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for choice in _dispatch.verdicts(op, device, dtype):
+        for choice in _explain.verdicts(op, device, dtype):
             for design, state in choice.designs.items():
                 name = str(dtype).removeprefix("torch.")
                 found.setdefault(choice.backend, {})[f"{design} {name}"] = state

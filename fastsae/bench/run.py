@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import _dispatch
+from .. import _dispatch, _explain
 from .cases import CASES, Case, Inputs, Size, eager, largest_tensors, product
 from .machine import has_onednn_in_fp32, machine
 from .timing import WRONG, Clock, Contender, EventClock, Measurement, WallClock, measure
@@ -60,7 +60,7 @@ def free_bytes(device: str) -> int:
 def usable(op: str, device: str, dtype: torch.dtype) -> list[str]:
     """The backends that can run an op, best first."""
     kind = torch.device(device).type
-    return [c.backend for c in _dispatch.verdicts(op, kind, dtype) if c.missing is None]
+    return [c.backend for c in _explain.verdicts(op, kind, dtype) if c.missing is None]
 
 
 def _forced(backend: str, call: Callable[[Any], Any]) -> Callable[[Any], Any]:

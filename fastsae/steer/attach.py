@@ -8,27 +8,25 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import _steer_codes as codes
 from .._capture import is_capturing
 from .._stamp import stamp
 from ..lm.sites import by_token, find_site, output_of, refuse_encoder_decoder, replaced
-from ..nn import Description, SparseCoder
+from ..nn import Description
 from ..ops.steer import Site, steer
 from ..ops.topk_member import Selection, spread, topk_member
 from ..reference.steer import normalised
+from .buffers import Buffers
 from .compile import Compiler, Entry
 from .describe import describe
 from .operations import Operation, Program
 from .positions import Positions, is_bos, past_length, prompt_and_generated, token_mask
 from .prompts import unwatch, watch
-
-Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # module -> which of its sides are attached: its inputs (True), its output (False)
 _taken: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
@@ -76,7 +74,7 @@ def attach(
         raise ValueError(f"attach: {name} is attached already; detach() that steerer first")
     steerer = Steerer(model, None if sae is None else describe(sae), name, module, inputs,
                       max_slots, max_ops, max_batch)  # fmt: skip
-    if isinstance(sae, SparseCoder):
+    if isinstance(sae, nn.Module):
         steerer.follow(sae)
     if "torch._dynamo" in sys.modules:  # else nothing is compiled
         torch.compiler.reset()
@@ -108,6 +106,11 @@ class Receipt:
             return
         self.calls += 1
         self.tokens += tokens
+
+
+def _weights(source: nn.Module) -> list[Any]:
+    """Changes when a weight is written to or another is put in its place."""
+    return [(stamp(t), t.dtype) for t in (*source.parameters(), *source.buffers())]
 
 
 class Steerer:
@@ -154,15 +157,13 @@ class Steerer:
             () if i is None else tuple(i) if isinstance(i, list) else (int(i),) for i in (bos, eos)
         )
         self._pad = getattr(config, "pad_token_id", None)
-        self._sizes = (max_slots + 1, max_ops, width, max_batch)  # slot 0 does nothing
         # offloaded parameters say nothing: the first activation will
-        self._place(like.dtype, torch.device("cpu") if like.is_meta else like.device)
+        device = torch.device("cpu") if like.is_meta else like.device
+        self._buffers = Buffers(max_slots, max_ops, width, max_batch, like.dtype, device)
         self._sequences = 0  # of the programs in force; 0: none
         self.receipt = Receipt(name)
-        self._coder: SparseCoder | None = None
-        self._norms_of: Any = None
-        self._used = (1, 1)  # slots and entries of theirs
-        self._current, self._asked = self._slots[:0], self._wanted[:0]
+        self._source: nn.Module | None = None  # of the description
+        self._source_stamp: Any = None
         # may an entry ask for membership among the k, and does one now?
         self._exact = sae is not None and sae.exact_membership
         self._selects = False
@@ -192,35 +193,17 @@ class Steerer:
         """A copy (of the model, with its hooks) is in no block: it steers nothing."""
         return {**self.__dict__, "_sequences": 0, "_mask": None, "_tokens": None}
 
-    @torch.inference_mode(False)  # tables made inside could not be written outside
-    def _place(self, dtype: torch.dtype, device: torch.device) -> None:
-        slots, ops, width, batch = self._sizes
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._enc = torch.zeros(slots, ops, width, dtype=dtype, device=device)
-        self._dec = torch.zeros_like(self._enc)
-        self._param = torch.zeros(slots, ops, 6, dtype=wide, device=device)
-        self._code = torch.zeros(slots, ops, 3, dtype=torch.int32, device=device)
-        self._latents = torch.full((slots, ops), -1, dtype=torch.int32, device=device)
-        self._wanted = torch.full((batch, ops), -1, dtype=torch.int32, device=device)
-        self._slots = torch.zeros(batch, dtype=torch.int32, device=device)
-
-    def follow(self, coder: SparseCoder) -> None:
-        """Takes the coder's weights anew at every `set`, where `.to(...)` has put others in place
-        of those described."""
-        self._coder, self._norms_of = coder, stamp(coder.W_dec)
+    def follow(self, source: nn.Module) -> None:
+        """Describes the SAE anew at every `set` before which its weights were written to, or others
+        put in their place (`.to(...)`)."""
+        self._source, self._source_stamp = source, _weights(source)
 
     def _described_anew(self) -> None:
-        coder, sae = self._coder, self.sae
-        if coder is None or sae is None:
+        if self._source is None or self.sae is None or self._source_stamp == _weights(self._source):
             return
-        pairs = ((getattr(coder, n), getattr(sae, n)) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-        moved = any(p.data_ptr() != d.data_ptr() or p.dtype != d.dtype for p, d in pairs)
-        # the norms of W_dec's rows are a copy, of the weights as they were
-        norms = sae.rank_scale is not None and stamp(coder.W_dec) != self._norms_of
-        if moved or norms:
-            self._norms_of = stamp(coder.W_dec)
-            self.sae = replace(coder.describe(), max_activation=sae.max_activation)
-            self._member = None
+        self._source_stamp = _weights(self._source)
+        self.sae = describe(self._source, self.sae.max_activation)
+        self._exact, self._member = self.sae.exact_membership, None
 
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
@@ -309,7 +292,7 @@ class Steerer:
         self._described_anew()
         self._put_in_force(programs)
         self._positions = where
-        self._only = None if only is None else torch.tensor(only, device=self._slots.device)
+        self._only = None if only is None else torch.tensor(only, device=self._buffers.enc.device)
         self._prompt_length, self._guessed = prompt_length, False
         self._unchecked = prompt_length is None  # else a call need not begin with a prompt
         self.receipt = Receipt(self.site)
@@ -325,97 +308,35 @@ class Steerer:
         self._prompt_length = None
 
     def _put_in_force(self, programs: Sequence[Program | None]) -> None:
-        self._write(programs)
+        asked = self._buffers.write(programs, self._entries)
+        # a captured graph must serve the next program too, which a CPU need not wait for
+        self._selects = self._exact and (asked or self._buffers.enc.device.type != "cpu")
         self._programs, self._sequences = programs, len(programs)
-        self._current = self._slots[: self._sequences]
-        self._asked = self._wanted[: self._sequences]  # [P, O], -1 where there is none
         self._fast = self._fast_site()
 
     def _fast_site(self) -> Site:
-        # whole tables, whatever is in force: a captured graph sees one address
-        sae, tables = self.sae, self._tables()
+        sae, tables = self.sae, self._buffers.tables
         if sae is None:
             return Site(*tables)
         if not self._selects or sae.input_scale != 1.0:
             return Site(*tables, sae.norm, sae.eps)
         centre = sae.b_dec if sae.subtract_b_dec else None
-        return Site(*tables, sae.norm, sae.eps, self._selection(), self._asked, centre)
-
-    def _tables(self) -> Tables:
-        return self._enc, self._dec, self._param, self._code, self._current
+        return Site(*tables, sae.norm, sae.eps, self._selection(), self._buffers.asked, centre)
 
     def check(self, program: Program) -> None:
         """Raises ValueError when the program does not fit the site, its SAE or max_ops."""
-        entries = len(self._entries(program))
-        if entries > self._enc.shape[1]:
-            raise ValueError(
-                f"steer: a program of {entries} entries, max_ops is {self._enc.shape[1]}"
-            )
+        self._buffers.check(self._entries(program))
 
     def clear(self) -> None:
         """Nothing is steered any more; replayed graphs neither."""
         unwatch(self._model, self)
-        self._slots.zero_()
+        self._buffers.clear()
         self._sequences = 0
         self._mask = self._tokens = None
         self._in_pass = self._seen = False
 
-    def _write(self, programs: Sequence[Program | None]) -> None:
-        if len(programs) == 0 or len(programs) > len(self._slots):
-            raise ValueError(
-                f"steer: between 1 and {len(self._slots)} programs (max_batch), got {len(programs)}"
-            )
-        lists: list[list[Entry]] = []
-        slots: list[int] = []
-        known: dict[tuple[Operation, ...], int] = {}
-        for program in programs:
-            if not program:
-                slots.append(0)
-                continue
-            key = tuple(program)
-            if key not in known:
-                lists.append(self._entries(program))
-                known[key] = len(lists)
-            slots.append(known[key])
-        if len(lists) >= len(self._enc):
-            raise ValueError(
-                f"steer: {len(lists)} different programs, max_slots is {len(self._enc) - 1}"
-            )
-        longest = max((len(entries) for entries in lists), default=0)
-        if longest > self._enc.shape[1]:
-            raise ValueError(
-                f"steer: a program of {longest} entries, max_ops is {self._enc.shape[1]}"
-            )
-        used = 1 + len(lists)
-        shape = (used, max(longest, 1))
-        enc = torch.zeros(*shape, self._enc.shape[2], dtype=torch.float64)
-        dec, param = torch.zeros_like(enc), torch.zeros(*shape, 6, dtype=torch.float64)
-        code, latents = torch.zeros(*shape, 3, dtype=torch.int32), torch.full(shape, -1)
-        for s, entries in enumerate(lists, 1):
-            for o, entry in enumerate(entries):
-                enc[s, o], dec[s, o] = entry.enc, entry.dec
-                param[s, o] = torch.tensor(entry.param, dtype=torch.float64)
-                code[s, o] = torch.tensor([entry.opcode, entry.flags, entry.gate])
-                latents[s, o] = entry.latent
-        self._code[:, :, 0] = codes.END
-        for buffer, table in (
-            (self._enc, enc),
-            (self._dec, dec),
-            (self._param, param),
-            (self._code, code),
-            (self._latents, latents),
-        ):
-            buffer[:used, : shape[1]].copy_(table)
-        self._used = shape
-        self._slots.zero_()
-        self._slots[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
-        self._wanted[: len(slots)].copy_(self._latents.index_select(0, self._slots[: len(slots)]))
-        # a captured graph must serve the next program too, which a CPU need not wait for
-        asked = self._code.device.type != "cpu" or bool((code[..., 1] & codes.MEMBER).any())
-        self._selects = self._exact and asked
-
     def _entries(self, program: Program) -> list[Entry]:
-        return Compiler(self.sae, self.site, self._enc.shape[2]).entries(program)
+        return Compiler(self.sae, self.site, self._buffers.enc.shape[2]).entries(program)
 
     # -- the model runs ---------------------------------------------------------------------------
 
@@ -452,7 +373,7 @@ class Steerer:
     def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
         """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens
         that another model proposed."""
-        if torch.compiler.is_compiling() or is_capturing(self._slots.device):
+        if torch.compiler.is_compiling() or is_capturing(self._buffers.enc.device):
             return
         if int(past_length(kwargs)) > 0:
             raise ValueError(
@@ -519,10 +440,10 @@ class Steerer:
 
     def _edit(self, x: torch.Tensor) -> torch.Tensor:
         compiling, leading = torch.compiler.is_compiling(), x.shape[:-1]
-        if not leading or x.shape[-1] != self._enc.shape[2]:
+        if not leading or x.shape[-1] != self._buffers.enc.shape[2]:
             raise ValueError(
                 f"steer: {self.site} has activations {list(x.shape)}, and what was attached is for "
-                f"[B, T, {self._enc.shape[2]}]"
+                f"[B, T, {self._buffers.enc.shape[2]}]"
             )
         self.receipt.add(None if compiling else leading.numel())
         if self._in_pass:
@@ -560,7 +481,9 @@ class Steerer:
     def _edit_by_operators(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [B, T, D], or [T, D] for one program."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        if x.device != self._enc.device or (x.dtype != self._enc.dtype and not autocast):
+        if x.device != self._buffers.enc.device or (
+            x.dtype != self._buffers.enc.dtype and not autocast
+        ):
             self._place_at(x)
         if mask is not None:
             mask = mask.to(x.device)
@@ -585,13 +508,13 @@ class Steerer:
     def _place_at(self, x: torch.Tensor) -> None:
         """The buffers anew, where the activations are: parameters that were offloaded or converted
         since said something else."""
-        table = self._enc
+        table = self._buffers.enc
         if torch.compiler.is_compiling() or is_capturing(x.device) or not x.is_floating_point():
             raise TypeError(
                 f"steer: {self.site} puts out {x.dtype} on {x.device}, and its buffers are "
                 f"{table.dtype} on {table.device}; run the model once before a graph is made of it"
             )
-        self._place(x.dtype, x.device)
+        self._buffers = self._buffers.moved(x.dtype, x.device)
         self._only = None if self._only is None else self._only.to(x.device)
         self._put_in_force(self._programs)
 
@@ -600,12 +523,12 @@ class Steerer:
         compiling = torch.compiler.is_compiling()
         selects = self._exact if compiling else self._selects
         member = self._members(x) if selects else None
-        tables = self._tables()
+        tables = self._buffers.tables
         if not compiling and torch.is_grad_enabled() and x.requires_grad:
             # their own: the backward pass may run when others are in force
-            used, entries = self._used
+            used, entries = self._buffers.used
             enc, dec, param, code = (t[:used, :entries].clone() for t in tables[:4])
-            tables = (enc, dec, param, code, self._current.clone())
+            tables = (enc, dec, param, code, self._buffers.current.clone())
             member = None if member is None else member[..., :entries]
         norm, eps = ("none", 1e-5) if self.sae is None else (self.sae.norm, self.sae.eps)
         return steer(x, *tables, mask, member, norm, eps)
@@ -629,9 +552,9 @@ class Steerer:
         if sae.subtract_b_dec:
             u = u - sae.b_dec
         if not torch.compiler.is_compiling():
-            return self._selection()(u, self._asked)
+            return self._selection()(u, self._buffers.asked)
         # a graph would keep the screen of weights that are written to later
-        asked, positive = spread(self._asked, u), not sae.identity
+        asked, positive = spread(self._buffers.asked, u), not sae.identity
         return topk_member(u, sae.W_enc, sae.b_enc, asked, sae.k, sae.rank_scale, positive)
 
     def _selection(self) -> Selection:

@@ -272,10 +272,13 @@ class Trainer:
                 f"{path}: format_version is {state.get('format_version')!r}, this fastsae reads "
                 f"{_VERSION}"
             )
+        lacks = {"config", "sae_config", "optimizer_class", "optimizer", "sae"} - set(state)
+        if lacks:
+            raise ValueError(f"{path}: it lacks {', '.join(sorted(lacks))}")
         # fields that are newer than the file had their default then
         here = {**asdict(self.config), **self._sae_config(), "optimizer": self._optimizer_name()}
-        saved = here | asdict(TrainConfig(1)) | state["config"] | state.get("sae_config", {})
-        saved["optimizer"] = state.get("optimizer_class", here["optimizer"])
+        saved = here | asdict(TrainConfig(1)) | state["config"] | state["sae_config"]
+        saved["optimizer"] = state["optimizer_class"]
         saved["betas"] = tuple(saved["betas"])
         differ = [k for k in here if saved.get(k) != here[k] and k != "log_every"]
         if differ:
@@ -290,6 +293,14 @@ class Trainer:
                 f"{path}: its optimizer has parameter groups of {sizes[0]} tensors, this one of "
                 f"{sizes[1]} (are weights tied in one of them?)"
             )
+        for theirs, ours in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups):
+            # the learning rate is the schedule's
+            asked = {k: v for k, v in plain_numbers(ours).items() if k not in ("params", "lr")}
+            plain = [k for k, v in asked.items() if not isinstance(v, torch.Tensor)]
+            other = [k for k in plain if k in theirs and theirs[k] != asked[k]]
+            if other:
+                pairs = ", ".join(f"{k}={theirs[k]!r} (here {asked[k]!r})" for k in other)
+                raise ValueError(f"{path}: saved by a run with an optimizer of {pairs}")
         try:
             self.sae.load_state_dict(state["sae"])
         except RuntimeError as error:

@@ -77,7 +77,8 @@ def test_every_op_has_known_answers():
 
 
 DEFINE_OR_CHECK = (
-    "_dispatch", "_library", "_verified", "bench", "reference", "triton_kernels", "verify",
+    "_dispatch", "_explain", "_library", "_verified", "bench", "reference", "triton_kernels",
+    "verify",
 )  # fmt: skip
 
 
@@ -128,6 +129,7 @@ FLOORS = (
     {"verify"},
     {"ops"},
     {"info"},
+    {"_explain"},
     {"_dispatch"},
     {"reference", "triton_kernels", "_verified", "_isolated"},
     {"_library", "_files", "_config", "_errors", "_memory", "_capture", "_stamp"},

@@ -287,6 +287,22 @@ def test_a_run_is_not_continued_with_another_optimizer(tmp_path):
     other = Trainer(sae, TrainConfig(5), torch.optim.Adam(sae.parameters()))
     with pytest.raises(ValueError, match="optimizer 'FusedAdam' .here 'Adam'"):
         other.load(tmp_path / "run.pt")
+    Trainer(sae, TrainConfig(5), FusedAdam(sae.parameters(), weight_decay=0.1)).save(
+        tmp_path / "run.pt"
+    )
+    other = Trainer(sae, TrainConfig(5), FusedAdam(sae.parameters(), lazy=True))
+    with pytest.raises(ValueError, match="weight_decay=0.1 .here 0.*lazy=False .here True"):
+        other.load(tmp_path / "run.pt")
+
+
+def test_a_checkpoint_says_what_it_was_saved_by(tmp_path):
+    trainer = Trainer(TopKSAE(D, F, K), TrainConfig(5))
+    trainer.save(tmp_path / "run.pt")
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    for name in ("sae_config", "optimizer_class"):
+        torch.save({k: v for k, v in state.items() if k != name}, tmp_path / "part.pt")
+        with pytest.raises(ValueError, match=f"part.pt: it lacks {name}"):
+            trainer.load(tmp_path / "part.pt")
 
 
 def test_data_that_end_early_are_told_and_saved(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import namedtuple
 from contextlib import nullcontext
@@ -312,21 +313,27 @@ def test_a_scale_that_was_never_folded_is_refused():
         describe(saelens("standard", normalize_activations="expected_average_only_in"))
 
 
+@pytest.mark.parametrize("kind", ["own", "standard", "topk"])
 @torch.no_grad()
-def test_the_steerer_follows_its_coder(gpt2):
-    """`.to` puts other tensors in place of those that were described."""
-    sae, ids = topk_sae(), prompt(2)
+def test_the_steerer_follows_its_coder(gpt2, kind):
+    """`.to` puts other tensors in place of those that were described, of which some were copies."""
+    sae = topk_sae() if kind == "own" else saelens(kind, k=3, rescale_acts_by_decoder_norm=False)
+    ids, program = prompt(2), [add(3, 2.0), *(scale(j, 3.0) for j in range(5, 30))]
     steerer = attach(gpt2, sae, layer=LAYER)
-    sae.double()
-    sae.W_dec.mul_(-3)
-    with steerer.steer([[add(3, 2.0)], None]):
-        got = gpt2(ids).logits
-    steerer.detach()
-    fresh = attach(gpt2, sae, layer=LAYER)
-    with fresh.steer([[add(3, 2.0)], None]):
-        want = gpt2(ids).logits
-    fresh.detach()
-    assert torch.equal(got, want) and not torch.equal(got, gpt2(ids).logits)
+    texts = []
+    for change in (lambda: sae.double(), lambda: sae.W_dec.mul_(-3), lambda: sae.W_enc.mul_(-1)):
+        change()
+        with steerer.steer([program, None]):
+            got = gpt2(ids).logits
+        steerer.detach()
+        fresh = attach(gpt2, sae, layer=LAYER)
+        with fresh.steer([program, None]):
+            want = gpt2(ids).logits
+        fresh.detach()
+        steerer = attach(gpt2, sae, layer=LAYER)
+        assert torch.equal(got, want)
+        texts.append(got)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(texts))
 
 
 @torch.no_grad()
@@ -352,6 +359,6 @@ def test_tables_are_of_the_sites_dtype():
     plain = model[1](x)
     with torch.no_grad(), steerer.steer([[clamp(3, 6.0)]]):
         edited = model[1](x)
-    assert steerer._enc.dtype == edited.dtype == torch.float32
+    assert steerer._buffers.enc.dtype == edited.dtype == torch.float32
     assert steerer.receipt.calls == 1 and not torch.equal(edited, plain)
     steerer.detach()

@@ -142,7 +142,8 @@ def described(kind: str) -> Description:
 
 
 def addresses(steerer) -> dict[str, int]:
-    return {n: t.data_ptr() for n, t in vars(steerer).items() if isinstance(t, torch.Tensor)}
+    buffers = vars(steerer._buffers).items()
+    return {n: t.data_ptr() for n, t in buffers if isinstance(t, torch.Tensor)}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def check_capture(kind: str, length: int) -> None:
             assert torch.equal(got, want) and "steer" in capturing.seen
             if kind == "topk" and programs is PROGRAMS:
                 assert "topk_member" in capturing.seen
-    assert {"_enc", "_dec", "_param", "_code", "_slots", "_wanted", "_asked"} <= set(before)
+    assert {"enc", "dec", "param", "code", "current", "_slots", "_wanted", "asked"} <= set(before)
 
 
 def test_the_refusals_are_seen():

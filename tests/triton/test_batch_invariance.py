@@ -72,12 +72,17 @@ def weights(dtype, device=DEVICE):
     return W.to(device, dtype), b.to(device, dtype)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=LONG)], ids=["", "scaled"])
 @pytest.mark.parametrize(
     "design,dtype",
     [
-        ("chunked", torch.float32), ("chunked", torch.bfloat16), ("bounded", torch.float32),
-        ("fused", torch.bfloat16), ("fused", torch.float16), ("fp8", torch.bfloat16),
+        ("chunked", torch.float32), pytest.param("chunked", torch.bfloat16, marks=LONG),
+        ("bounded", torch.float32), ("fused", torch.bfloat16),
+        pytest.param("fused", torch.float16, marks=LONG),
+        pytest.param("fp8", torch.bfloat16, marks=LONG),
     ],
     ids=str,
 )  # fmt: skip

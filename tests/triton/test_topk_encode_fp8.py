@@ -33,7 +33,11 @@ def fp8(x, W, b, k, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n,d,f,k", [(9, 64, 700, 8), (3, 33, 1500, 40), (1, 16, 50, 50)])
+@pytest.mark.parametrize(
+    "n,d,f,k",
+    [pytest.param(9, 64, 700, 8, marks=pytest.mark.slow),
+     pytest.param(3, 33, 1500, 40, marks=pytest.mark.slow), (1, 16, 50, 50)],
+)  # fmt: skip
 def test_selects_the_exact_latents(dtype, n, d, f, k):
     """Random data: no latent is missed here, and the values are fp32 sums rounded once."""
     x, W = randn(n, d, dtype=dtype, seed=2), unit_rows(f, d, dtype=dtype)
