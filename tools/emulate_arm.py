@@ -35,7 +35,7 @@ TESTS = [
     "cpu/test_topk_encode", "ops/test_topk", "ops/test_topk_encode", "ops/test_topk_member",
     "ops/test_sparse_decode", "ops/test_sparse_grad_values", "ops/test_sparse_grad_weight",
     "ops/test_sparse_adam_step", "ops/test_steer", "ops/test_moments",
-    "cpu/test_backward_kernels", "train/test_fused_adam",
+    "cpu/test_backward_kernels", "train/test_fused_adam", "train/test_fused_adam_formats",
 ]  # fmt: skip
 
 # Processes of their own, which import torch anew (a minute), and what does not run a kernel.
