@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,9 +39,23 @@ class Copies:
         return event
 
 
+def is_finite(x: torch.Tensor) -> bool:
+    """No NaN and no infinity. One pass over x; on a GPU it waits."""
+    # a sum that is finite has only finite terms; one that is not may have run over
+    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
+
+
+def _not_finite(x: torch.Tensor) -> LateCount:
+    return LateCount((~x.isfinite()).any().int())
+
+
 def prefetched(
-    batches: Iterable[torch.Tensor], device: torch.device, *, copies: Copies | None = None
-) -> Iterator[torch.Tensor]:
+    batches: Iterable[torch.Tensor],
+    device: torch.device,
+    *,
+    copies: Copies | None = None,
+    refuse: Callable[[], None] | None = None,
+) -> Iterator[torch.Tensor | None]:
     """The batches on the device, in their order, each as it was when the iterable gave it.
 
     On a GPU the next batch is taken and its copy started before one is handed out, so that it
@@ -51,27 +65,46 @@ def prefetched(
     Args:
         copies: how to copy; None takes pinned memory and a second stream on a GPU, and nothing of
             the kind on a CPU.
+        refuse: called for a batch that holds NaN or an infinity, before it would be handed out.
+            Then None takes its place, unless it raises. None looks at no batch. One on the CPU is
+            looked at there; one on a GPU by a kernel behind which a step more is waiting.
     """
     if copies is None and device.type == "cuda":
         copies = Copies(device)
     if copies is None:
         for x in batches:
+            if refuse is not None and not is_finite(x):
+                refuse()
+                yield None
+                continue
             yield x.to(device)
         return
     source = iter(batches)
     ended: deque[Any] = deque()
 
-    def take() -> tuple[torch.Tensor, bool] | None:
+    def take() -> tuple[torch.Tensor, bool, Callable[[], bool]] | None:
+        """The next one, whether it is being copied, and whether it is to be refused."""
         x = next(source, None)
         if x is None:
             return None
-        return (copies.start(x), True) if x.device.type == "cpu" else (x.to(device), False)
+        if x.device.type == "cpu":
+            bad = refuse is not None and not is_finite(x)
+            return copies.start(x), True, lambda: bad
+        x = x.to(device)
+        late = _not_finite(x) if refuse is not None else None
+        return x, False, lambda: late is not None and late.value() > 0
 
     ahead = take()
     while ahead is not None:
-        batch, copied = ahead
+        batch, copied, is_refused = ahead
         if copied:
             copies.hand_over(batch)
+        if is_refused():
+            assert refuse is not None
+            refuse()
+            ahead = take()
+            yield None
+            continue
         ahead = take()
         yield batch
         ended.append(copies.mark())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from .._capture import is_capturing
 from .._config import make_plain, plain_numbers
 from .._files import write_atomic
+from .._waits import Waits, told
 from ..nn import SparseCoder, fvu
 from ..optim import FusedAdam
 from ..reference.moments import FORMATS
@@ -74,6 +76,7 @@ class Metrics:
     dead_fraction: float  # of latents, by the coder's `dead_after`
     tokens_per_s: float
     lr: float
+    waited: float = 0.0  # share of the time in which threads waited for a core: a busy machine
 
 
 class Trainer:
@@ -166,6 +169,7 @@ class Trainer:
         on_log: Callable[[Metrics], None] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1000,
+        not_finite: str = "raise",
     ) -> list[Metrics]:
         """Runs until `config.steps` steps are done or the batches end.
 
@@ -175,39 +179,69 @@ class Trainer:
             progress: a tqdm bar.
             on_log: called with every record, each `config.log_every` steps and at the end.
             checkpoint: written every `checkpoint_every` steps and at the end, see `save`.
+            not_finite: what happens to a batch with NaN or an infinity: "raise", "skip" (a step
+                in which nothing is learned, with a warning) or "ignore" (nobody looks).
 
         Returns:
             The records.
 
+        Raises:
+            ValueError: such a batch, by its number counted from 0; the weights are then as the
+                batch before it left them. Or the loss itself is not finite, which is seen at a
+                record; the last checkpoint is of before.
+
         Warns:
-            UserWarning: the batches ended before `config.steps` steps were done.
+            UserWarning: the batches ended before `config.steps` steps were done; one was skipped.
         """
+        if not_finite not in ("raise", "skip", "ignore"):
+            raise ValueError(
+                f"Trainer.fit: not_finite must be raise, skip or ignore, got {not_finite!r}"
+            )
         self.sae.train()
         config = self.config
         device = self.sae.W_dec.device
         records: list[Metrics] = []
         sums: list[torch.Tensor] = []
-        start, tokens = time.perf_counter(), self.tokens
+        start, tokens, waits = time.perf_counter(), self.tokens, Waits()
         bar = _bar(config.steps, self.step_count) if progress else None
-        saved = -1
+        saved, first = -1, self.step_count
         wanted = islice(batches, max(0, config.steps - self.step_count))
-        for x in prefetched(wanted, device):
-            sums.append(torch.stack(self.step(x)))
+        taken = 0
+
+        def refuse() -> None:
+            message = f"Trainer.fit: batch {first + taken} holds NaN or an infinity"
+            if not_finite == "raise":
+                raise ValueError(f"{message}; the weights are as the one before left them")
+            warnings.warn(f"{message} and is skipped", stacklevel=4)
+
+        look = None if not_finite == "ignore" else refuse
+        for x in prefetched(wanted, device, refuse=look):
+            taken += 1
+            if x is None:
+                self.step_count += 1
+            else:
+                sums.append(torch.stack(self.step(x)))
             last = self.step_count == config.steps
-            if self.step_count % config.log_every == 0 or last:
-                records.append(self._record(sums, tokens, start))
-                start, tokens = time.perf_counter(), self.tokens
+            if sums and (self.step_count % config.log_every == 0 or last):
+                records.append(self._record(sums, tokens, start, waits.share()))
+                start, tokens, waits = time.perf_counter(), self.tokens, Waits()
                 sums.clear()
+                if not_finite != "ignore" and not math.isfinite(records[-1].loss):
+                    raise self._diverged()
                 if on_log is not None:
                     on_log(records[-1])
                 if bar is not None:
                     r = records[-1]
+                    busy = f" ({told(r.waited)})" if told(r.waited) else ""
                     bar.set_postfix_str(
-                        f"fvu {r.fvu:.4f}, dead {r.dead_fraction:.1%}, {r.tokens_per_s:,.0f} tok/s"
+                        f"fvu {r.fvu:.4f}, dead {r.dead_fraction:.1%}, "
+                        f"{r.tokens_per_s:,.0f} tok/s{busy}"
                     )
             if bar is not None:
                 bar.update()
             if checkpoint is not None and (self.step_count % checkpoint_every == 0 or last):
+                if sums and not_finite != "ignore" and not sums[-1].isfinite().all():
+                    raise self._diverged()
                 self.save(checkpoint)
                 saved = self.step_count
         if self.step_count < config.steps:
@@ -218,19 +252,27 @@ class Trainer:
             if checkpoint is not None and saved != self.step_count:
                 self.save(checkpoint)
         if sums:
-            records.append(self._record(sums, tokens, start))
+            records.append(self._record(sums, tokens, start, waits.share()))
             if on_log is not None:
                 on_log(records[-1])
         if bar is not None:
             bar.close()
         return records
 
-    def _record(self, sums: list[torch.Tensor], tokens: int, start: float) -> Metrics:
+    def _diverged(self) -> ValueError:
+        return ValueError(
+            f"Trainer.fit: the loss is not finite any more at step {self.step_count}: the run has "
+            "diverged (a lower lr?), and this state is not saved"
+        )
+
+    def _record(
+        self, sums: list[torch.Tensor], tokens: int, start: float, waited: float
+    ) -> Metrics:
         loss, error, l0 = torch.stack(sums).float().mean(0).tolist()
         dead = self.sae.dead_latents().numel() / self.sae.d_sae
         rate = (self.tokens - tokens) / max(time.perf_counter() - start, 1e-9)
         lr = self.config.lr_at(self.step_count - 1)
-        return Metrics(self.step_count, self.tokens, loss, error, l0, dead, rate, lr)
+        return Metrics(self.step_count, self.tokens, loss, error, l0, dead, rate, lr, waited)
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -251,6 +293,9 @@ class Trainer:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues where `save` was called; the run is then the same as without interruption.
+
+        A config with other `steps` makes the run longer or shorter: the learning rate goes on by
+        the schedule of those.
 
         Raises:
             FileNotFoundError: no such file.
@@ -280,7 +325,8 @@ class Trainer:
         saved = here | asdict(TrainConfig(1)) | state["config"] | state["sae_config"]
         saved["optimizer"] = state["optimizer_class"]
         saved["betas"] = tuple(saved["betas"])
-        differ = [k for k in here if saved.get(k) != here[k] and k != "log_every"]
+        free = ("log_every", "steps")
+        differ = [k for k in here if saved.get(k) != here[k] and k not in free]
         if differ:
             pairs = ", ".join(f"{k} {saved.get(k)!r} (here {here[k]!r})" for k in differ)
             raise ValueError(f"{path}: saved by a run with {pairs}")
@@ -324,6 +370,7 @@ def train_sae(
     seed: int = 0,
     initialize: bool = True,
     progress: bool = False,
+    not_finite: str = "raise",
     **config: Any,
 ) -> list[Metrics]:
     """Initialises `sae` from the data and trains it; returns the records.
@@ -332,6 +379,7 @@ def train_sae(
         data: activations [N, D], drawn in shuffled epochs, or an iterable of batches (then without
             initialisation, batch_size and seed).
         initialize: call `sae.initialize_from_data` first.
+        not_finite: see `Trainer.fit`.
         **config: fields of `TrainConfig`; `steps` is one pass over the data when not given.
     """
     if isinstance(data, torch.Tensor):

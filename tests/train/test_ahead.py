@@ -11,7 +11,7 @@ from common import randn
 from fastsae.nn import TopKSAE
 from fastsae.optim import FusedAdam
 from fastsae.train import ahead
-from fastsae.train.ahead import Copies, DeadBound, prefetched, rounded
+from fastsae.train.ahead import Copies, DeadBound, is_finite, prefetched, rounded
 from fastsae.train.trainer import TrainConfig, Trainer, shuffled
 
 N, D, F, K = 40, 12, 64, 4
@@ -200,13 +200,35 @@ def test_a_batch_is_copied_while_the_one_before_is_trained_on():
 
 def test_fit_takes_no_batch_that_it_does_not_train_on(monkeypatch):
     monkeypatch.setattr(
-        "fastsae.train.trainer.prefetched", lambda b, d: prefetched(b, d, copies=Noted())
+        "fastsae.train.trainer.prefetched",
+        lambda b, d, refuse: prefetched(b, d, copies=Noted(), refuse=refuse),
     )
     source = iter(randn(10, N, D, seed=1))
     Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(4)).fit(source)
     assert len(list(source)) == 6
     records = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(9)).fit(randn(3, N, D, seed=1))
     assert records[-1].step == 3
+
+
+@pytest.mark.parametrize("copies", [None, "noted"])
+def test_a_batch_that_is_not_finite_is_refused_in_its_place(copies):
+    batches = [torch.full((3,), float(i)) for i in range(5)]
+    batches[1][2], batches[4][1] = float("nan"), float("-inf")
+    refused = []
+    got = prefetched(
+        batches, torch.device("cpu"), copies=Noted() if copies else None,
+        refuse=lambda: refused.append(len(seen)),
+    )  # fmt: skip
+    seen = []
+    for x in got:
+        seen.append(None if x is None else int(x.flatten()[0]))
+    assert seen == [0, None, 2, 3, None] and refused == [1, 4]
+
+
+def test_large_values_are_finite():
+    assert is_finite(torch.full((2, 3), 3e38)) and is_finite(torch.empty(0, 3))
+    assert is_finite(torch.full((4,), 60000.0, dtype=torch.float16))
+    assert not is_finite(torch.tensor([float("inf"), float("-inf")], dtype=torch.bfloat16))
 
 
 def test_an_error_of_the_source_comes_out():

@@ -103,6 +103,64 @@ def test_resumes_exactly(tmp_path, moments, dtype):
     assert third.step_count == 40
 
 
+def test_a_batch_that_is_not_finite_spoils_nothing(tmp_path):
+    batches = list(itertools.islice(shuffled(data(), 100), 12))
+    batches[5] = batches[5].clone()
+    batches[5][7, 3] = float("nan")
+
+    def start():
+        return Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(12, warmup=2, log_every=4))
+
+    stopped, other, skipping = start(), start(), start()
+    with pytest.raises(ValueError, match="batch 5 holds NaN or an infinity; the weights are as"):
+        stopped.fit(batches, checkpoint=tmp_path / "run.pt", checkpoint_every=5)
+    other.load(tmp_path / "run.pt")
+    for trainer in (stopped, other):
+        assert trainer.step_count == 5
+        assert all(p.isfinite().all() for p in trainer.sae.parameters())
+    with pytest.raises(ValueError, match="batch 5 holds"):
+        other.fit(batches[5:])  # counted from the beginning of the run
+    with pytest.warns(UserWarning, match="batch 5 holds NaN or an infinity and is skipped"):
+        records = skipping.fit(batches, not_finite="skip")
+    assert [r.step for r in records] == [4, 8, 12] and skipping.tokens == 1100
+    assert records[-1].fvu < records[0].fvu
+    with pytest.raises(ValueError, match="must be raise, skip or ignore"):
+        start().fit(batches, not_finite="drop")
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path):
+    sae = TopKSAE(D, F, K, seed=0)
+    trainer = Trainer(sae, TrainConfig(12, warmup=0, log_every=100))
+    batches = list(itertools.islice(shuffled(data(), 100), 12))
+
+    def poisoned():
+        for i, x in enumerate(batches):
+            if i == 7:
+                with torch.no_grad():
+                    sae.b_dec.fill_(float("inf"))
+            yield x
+
+    with pytest.raises(ValueError, match="not finite any more at step 9: the run has diverged"):
+        trainer.fit(poisoned(), checkpoint=tmp_path / "run.pt", checkpoint_every=3)
+    fresh = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(12, warmup=0, log_every=100))
+    fresh.load(tmp_path / "run.pt")
+    assert fresh.step_count == 6 and fresh.sae.b_dec.isfinite().all()
+
+
+def test_a_run_can_be_extended(tmp_path):
+    def start(steps):
+        return Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(steps, warmup=2, decay=0.0))
+
+    whole, short, longer = start(10), start(6), start(10)
+    whole.fit(shuffled(data(), 100))
+    short.fit(shuffled(data(), 100), checkpoint=tmp_path / "run.pt")
+    longer.load(tmp_path / "run.pt")
+    longer.fit(shuffled(data(), 100, start=longer.step_count))
+    assert longer.step_count == 10
+    for a, b in zip(whole.sae.state_dict().values(), longer.sae.state_dict().values()):
+        assert torch.equal(a, b)
+
+
 def test_checkpoint_from_before_a_field(tmp_path):
     """A file without `moments` was written with the default."""
     trainer = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(2))
