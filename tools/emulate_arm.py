@@ -23,6 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(
@@ -30,7 +31,8 @@ CACHE = Path(
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsae" / "emulation"
 )
 NOT_POSSIBLE = 3
-# Every C++ kernel; an emulated test takes twenty to fifty times as long as one on silicon.
+# Every C++ kernel. An emulated multiply-add takes some two hundred times as long as one on silicon,
+# so only tests are run that this CPU is through with in a moment.
 TESTS = [
     "cpu/test_topk_encode", "ops/test_topk", "ops/test_topk_encode", "ops/test_topk_member",
     "ops/test_sparse_decode", "ops/test_sparse_grad_values", "ops/test_sparse_grad_weight",
@@ -38,6 +40,7 @@ TESTS = [
     "cpu/test_backward_kernels", "train/test_fused_adam", "train/test_fused_adam_formats",
 ]  # fmt: skip
 
+MOST_S = 0.1
 # Processes of their own, which import torch anew (a minute), and what does not run a kernel.
 LEFT_OUT = ["extra_memory", "opcheck", "two_processes", "never_waits", "rows_in_parts"]
 
@@ -158,18 +161,39 @@ def copy_checkout(into: Path, compiled: Path) -> None:
     shutil.copy(compiled, into / "fastsae" / "_cpu.abi3.so")
 
 
+def takes_long(command: list[str], files: list[str]) -> list[str]:
+    """Those tests of `files` that take this CPU more than MOST_S, by running them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.xml"
+        words = ["-n", "auto", f"--junitxml={report}", "-o", "junit_family=xunit1", *files]
+        environment = os.environ | {"FASTSAE_CPU_LEVEL": "portable", "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *words], cwd=ROOT, env=environment, check=True)
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    found = []
+    for case in cases:
+        module = case.attrib["file"].removesuffix(".py").replace("/", ".")
+        within = case.attrib["classname"].removeprefix(module).replace(".", "::")
+        if float(case.attrib["time"]) > MOST_S:
+            found.append(f"{case.attrib['file']}{within}::{case.attrib['name']}")
+    print(f"emulate_arm.py: {len(found)} of {len(cases)} tests take more than {MOST_S} s: left out")
+    return found
+
+
 def run(python: list[str], folder: Path, environment: dict[str, str], more: list[str]) -> int:
     """pytest in as many processes as there are cores; xdist would start workers of its own kind."""
-    command = [*python, "-m", "pytest", "-q", "-m", "not slow", "--cpu-kernels"]
-    command += ["-p", "no:cacheprovider", *more]
+    words = ["-m", "pytest", "-q", "-m", "not slow", "--cpu-kernels", "-p", "no:cacheprovider"]
+    words += more
     if "-k" not in more:
-        command += ["-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
+        words += ["-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
     if any(word.startswith("tests/") for word in more):
         parts: list[list[str]] = [[]]
     else:
         cores = os.cpu_count() or 1
         files = [f"tests/{name}.py" for name in TESTS if (folder / f"tests/{name}.py").exists()]
         parts = [files[i::cores] for i in range(min(cores, len(files)))]
+        for test in takes_long([sys.executable, *words], files):
+            words += ["--deselect", test]
+    command = [*python, *words]
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
 
     def one(files: list[str]) -> int:

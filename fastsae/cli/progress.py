@@ -14,7 +14,8 @@ import typer
 def progress_bars() -> Iterator[Callable[[str, int], Any]]:
     """Gives `progress(title, total)`: a context manager whose value advances the bar.
 
-    Where stderr is no terminal, one line per finished step takes the place of the bars.
+    Where stderr is no terminal, a line now and then and at the end of each step takes the place of
+    the bars.
     """
     from rich.console import Console
     from rich.progress import (
@@ -53,8 +54,21 @@ def progress_bars() -> Iterator[Callable[[str, int], Any]]:
         yield step
 
 
+LINE_EVERY_S = 15.0
+
+
 @contextmanager
 def _lines(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    start = time.perf_counter()
-    yield lambda n: None
+    """A line now and then, and one at the end."""
+    start = last = time.perf_counter()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done, now = done + n, time.perf_counter()
+        if now - last >= LINE_EVERY_S:
+            last = now
+            typer.echo(f"{title}: {100 * done // max(total, 1)}% in {now - start:.0f} s", err=True)
+
+    yield advance
     typer.echo(f"{title}: {time.perf_counter() - start:.1f} s", err=True)

@@ -26,7 +26,9 @@ def quickstart(
     ),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     tokens: int | None = typer.Option(None, min=1, help="Activations to train on."),
-    steps: int | None = typer.Option(None, min=1, help="Training steps."),
+    steps: int | None = typer.Option(
+        None, min=1, help="Training steps.", show_default="600, fewer on a slow or busy machine"
+    ),
     latents: int | None = typer.Option(None, min=1, help="Latents.", show_default="8 x width"),
     k: int | None = typer.Option(None, min=1, help="Active latents per token."),
 ) -> None:
@@ -47,6 +49,7 @@ def quickstart(
     given = {"tokens": tokens, "steps": steps, "d_sae": latents, "k": k}
     settings = Settings(
         model=model, out=out, device=device, seed=seed, layer=layer, hook=hook,
+        train_s=Settings.train_s if steps is None else None,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )  # fmt: skip
     try:
@@ -70,12 +73,18 @@ def _summary(result: Result, page: Path) -> None:
         "SAE": f"{report['d_sae']} latents, k={report['k']}, at {report['hook']} of "
         f"{report['model']}",
         "training": f"{report['tokens']:,} tokens at {report['tokens_per_s']:,.0f}/s; the step is "
-        f"{report['speedup_vs_torch']:.1f}x as fast as plain PyTorch's",
+        f"{report['speedup_vs_torch']:.1f}x as fast as plain PyTorch's"
+        + (f" ({report['busy']})" if report["busy"] else ""),
         "FVU": f"{report['fvu']:.3f} held out, L0 {report['l0']:.1f}, "
         f"{100 * report['dead_fraction']:.1f}% dead",
         "loss": f"{report['ce_clean']:.3f} nats clean, {report['ce_spliced']:.3f} spliced, "
         f"{report['ce_zero_ablated']:.3f} ablated: {100 * report['loss_recovered']:.1f}% recovered",
     }
+    if report["steps"] < report["steps_planned"]:
+        rows["steps"] = (
+            f"{report['steps']} of {report['steps_planned']}, because this machine is slow or busy "
+            f"now; --steps {report['steps_planned']} trains for all of them"
+        )
     steering = report["steering"]
     if steering is not None:
         effect, seen = steering["effect"], " ".join(repr(t) for t in steering["own_tokens"][:6])

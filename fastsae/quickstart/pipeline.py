@@ -15,6 +15,7 @@ import torch
 
 from .._errors import UserError, one_line
 from .._files import json_text, write_text_atomic
+from .._waits import Waits, told
 from ..features.cards import Card, choose_latents, make_card, score_latents
 from ..features.stats import FeatureStats
 from ..features.tokens import TokenMass
@@ -38,17 +39,21 @@ from .steering import Steering, steer
 class Training:
     """Attributes:
     sae: trained, in eval mode.
+    steps: done; `Settings.steps`, or fewer where those would have taken too long.
     curve: (tokens seen, FVU of the batch) through training.
     tokens_per_s: of the training loop, measured over all of it but its first steps.
     step_ms, plain_step_ms: medians of the two steps, run in turn on the same batches.
+    waited: share of the time, in both, in which threads waited for a core.
     """
 
     sae: TopKSAE
+    steps: int
     curve: list[tuple[int, float]]
     tokens: int
     tokens_per_s: float
     step_ms: float
     plain_step_ms: float
+    waited: float
 
     @property
     def speedup_vs_torch(self) -> float:
@@ -81,6 +86,9 @@ class Result:
             "tokens": t.tokens,
             "tokens_per_s": t.tokens_per_s,
             "speedup_vs_torch": t.speedup_vs_torch,
+            "busy": told(t.waited),
+            "steps": t.steps,
+            "steps_planned": s.steps,
             "fvu": self.reconstruction.fvu,
             "l0": self.reconstruction.l0,
             "dead_fraction": self.reconstruction.dead_fraction,
@@ -103,7 +111,7 @@ class Result:
 
 
 # Keys of the report that a second run with the same seed need not repeat.
-TIMING_KEYS = ("tokens_per_s", "speedup_vs_torch", "timing")
+TIMING_KEYS = ("tokens_per_s", "speedup_vs_torch", "busy", "timing")
 
 
 def run(settings: Settings, progress: Progress) -> Result:
@@ -126,6 +134,9 @@ def run(settings: Settings, progress: Progress) -> Result:
         store, test = harvest(settings, subject, train_windows, held_out, progress)
     with timed("train"):
         training = train(settings, store, progress)
+    if training.steps < settings.steps:  # the rest takes as much longer as training did
+        samples = max(4, settings.samples * training.steps // settings.steps)
+        settings = replace(settings, samples=samples)
     with timed("evaluate"):
         quality = reconstruction(training.sae, test.activations.split(4096))
         dead = dead_fraction(training.sae, store)
@@ -191,15 +202,20 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
     except ValueError as error:
         raise UserError(one_line(error)) from error
     sae.initialize_from_data(store.activations, seed=settings.seed)
+    batches = shuffled(store.activations, batch_size, seed=settings.seed + 1)
+    steps = affordable_steps(settings, sae, store.activations[:batch_size])
     config = TrainConfig(
-        settings.steps, settings.lr, warmup=max(1, round(0.03 * settings.steps)), decay=0.4,
-        log_every=max(1, settings.steps // 120),
+        steps, settings.lr, warmup=max(1, round(0.03 * steps)), decay=0.4,
+        log_every=max(1, steps // 120),
     )  # fmt: skip
     trainer = Trainer(sae, config)
-    batches = shuffled(store.activations, batch_size, seed=settings.seed + 1)
-    with progress("Training the SAE", settings.steps * batch_size) as advance:
+    waits = Waits()
+    title = "Training the SAE"
+    if steps < settings.steps:
+        title += f" ({steps} steps of {settings.steps}: slow here)"
+    with progress(title, steps * batch_size) as advance:
         records = trainer.fit(
-            batches, on_log=lambda r: advance(min(config.log_every, settings.steps) * batch_size)
+            batches, on_log=lambda r: advance(min(config.log_every, steps) * batch_size)
         )
     step_ms, plain_step_ms = compare_steps(settings, sae, batches, progress)
     assert isinstance(trainer.optimizer, FusedAdam)
@@ -208,9 +224,34 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
     settled = records[2:] if len(records) > 4 else records  # the first steps warm up
     seconds = sum(config.log_every * batch_size / r.tokens_per_s for r in settled)
     return Training(
-        sae, [(r.tokens, r.fvu) for r in records], trainer.tokens,
+        sae, steps, [(r.tokens, r.fvu) for r in records], trainer.tokens,
         len(settled) * config.log_every * batch_size / seconds, step_ms, plain_step_ms,
+        waits.share(),
     )  # fmt: skip
+
+
+def affordable_steps(settings: Settings, sae: TopKSAE, x: torch.Tensor) -> int:
+    """`settings.steps`, or three, two or one quarter of them, to stay near `settings.train_s`.
+
+    By the time of a few steps on a copy. A few numbers only, so that runs on a machine that does
+    not change its speed much are the same.
+    """
+    if settings.train_s is None or settings.steps < 40:
+        return settings.steps
+    copy = TopKSAE(sae.config, device=sae.W_dec.device)
+    copy.load_state_dict(sae.state_dict())
+    trial, times = Trainer(copy, TrainConfig(8, settings.lr)), []
+    for _ in range(8):
+        begin = time.perf_counter()
+        trial.step(x)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    assert isinstance(trial.optimizer, FusedAdam)
+    trial.optimizer.release()
+    seconds = settings.steps * sum(times[2:]) / len(times[2:])
+    quarters = next((q for q in (4, 3, 2) if q / 4 * seconds <= 1.25 * settings.train_s), 1)
+    return settings.steps * quarters // 4
 
 
 def compare_steps(

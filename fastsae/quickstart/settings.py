@@ -32,6 +32,7 @@ class Settings:
     d_sae: int | None = None  # None: 8 times the width
     k: int = 24
     steps: int = 600
+    train_s: float | None = 60.0  # on a slower machine fewer steps, down to a quarter; None: all
     batch_size: int = 2048
     lr: float = 1e-3
     aux_weight: float = 1 / 32

@@ -31,3 +31,16 @@ def test_info_says_a_reason_once():
     shown = CliRunner().invoke(app, ["info"], env=wide).output
     assert shown.count("sparse_decode") == 1
     assert shown.count("the cuda kernels need a GPU") <= 1
+
+
+def test_redirected_progress_shows_a_line_now_and_then(monkeypatch, capsys):
+    from fastsae.cli import progress
+
+    now = iter([0.0, 10.0, 16.0, 20.0, 31.5, 40.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    with progress._lines("Reading", 200) as advance:
+        for n in (20, 30, 40, 60):
+            advance(n)
+    assert capsys.readouterr().err.splitlines() == [
+        "Reading: 25% in 16 s", "Reading: 75% in 32 s", "Reading: 40.0 s",
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytest.importorskip("jinja2")
 from fastsae._errors import UserError
 from fastsae.lm.load import EMBEDDED_MODEL, load_subject
 from fastsae.nn import TopKSAE
+from fastsae.quickstart import pipeline
 from fastsae.quickstart.charts import Series, line_chart, ticks
 from fastsae.quickstart.page import chip, flow, render
 from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
@@ -47,6 +49,21 @@ def small(out: Path) -> Settings:
         steps=20, batch_size=256, plain_steps=2, cards=4, candidates=3, sample_tokens=8, samples=2,
         strengths=(1.0, 2.0), screen_strengths=(1.0,),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("step_s,steps", [(0.0, 40), (0.0026, 30), (0.0035, 20), (0.02, 10)])
+def test_a_slow_machine_trains_for_fewer_steps(monkeypatch, tmp_path, step_s, steps):
+    now = [0.0]
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: now[0])
+
+    def step(self, x):
+        now[0] += step_s
+
+    monkeypatch.setattr(pipeline.Trainer, "step", step)
+    sae, x = TopKSAE(8, 32, 2, seed=0), torch.zeros(4, 8)
+    asked = replace(small(tmp_path), steps=40, train_s=0.08)
+    assert pipeline.affordable_steps(asked, sae, x) == steps
+    assert pipeline.affordable_steps(replace(asked, train_s=None), sae, x) == 40
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +206,7 @@ def report_of_nothing() -> dict[str, Any]:
         "tokens_per_s": 1.0, "speedup_vs_torch": 2.0, "fvu": 0.1, "l0": 2.0, "dead_fraction": 0.0,
         "held_out_tokens": 5, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_zero_ablated": 3.0,
         "loss_recovered": 0.95, "loss_curve": [[1, 0.5], [2, 0.2]], "stats_tokens": 10,
-        "features": [], "steering": None,
+        "features": [], "steering": None, "busy": "", "steps": 3, "steps_planned": 3,
         "timing": {"step_ms": 1.0, "plain_step_ms": 2.0, "threads": 1, "seconds": {}},
     }  # fmt: skip
 
@@ -198,6 +215,11 @@ def test_page_renders_without_steering() -> None:
     html = render(report_of_nothing())
     assert "&lt;m&gt;" in html
     assert "<m>" not in html
+    assert "busy" not in html and "because steps were slow" not in html
+    slow = report_of_nothing() | {"busy": "threads waited for a core 48% of the time", "steps": 1}
+    told = render(slow)
+    assert "on a busy machine: threads waited for a core 48%" in told
+    assert "Trained for 1 steps of 3, because steps were slow" in told
 
 
 class _Result:
