@@ -39,6 +39,15 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     interpreter.repair()
     triton_launches.install()
 
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # of tools/emulate_arm.py, where an example takes seconds
+    hypothesis.settings.register_profile(
+        "emulated", deadline=None, max_examples=20,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )  # fmt: skip
+
 # Where a test can depend on the C++ kernels' instruction set.
 CPU_KERNELS = ("ops", "cpu", "nn", "train", "lm", "features", "steer")
 

@@ -193,7 +193,7 @@ def run(python: list[str], folder: Path, environment: dict[str, str], more: list
         parts = [files[i::cores] for i in range(min(cores, len(files)))]
         for test in takes_long([sys.executable, *words], files):
             words += ["--deselect", test]
-    command = [*python, *words]
+    command = [*python, *words, "--hypothesis-profile=emulated"]
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
 
     def one(files: list[str]) -> int:

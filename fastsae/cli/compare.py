@@ -12,7 +12,7 @@ import typer
 
 from . import check_writable, fail, fail_missing
 from .progress import progress_bars
-from .steer import load_sae
+from .subject import ANY_MODEL, MODEL, SAE, load_saved
 
 if TYPE_CHECKING:
     from ..lm.harvest import Store, Windows
@@ -30,13 +30,9 @@ STRENGTHS = "0.5,0.75,1,1.25,1.5,2,3"
 
 
 def compare_steering(
-    sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved SAE, such as quickstart/sae."
-    ),
+    sae: Path = SAE,
     feature: int = typer.Option(..., min=0, help="The latent that is clamped."),
-    model: str | None = typer.Option(
-        None, help="Hub id or folder.", show_default="the embedded model"
-    ),
+    model: str | None = MODEL,
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     concept: str | None = typer.Option(
@@ -63,6 +59,7 @@ def compare_steering(
     tokens: int = typer.Option(64, min=2, help="Tokens to sample for each prompt."),
     seed: int = typer.Option(0, help="Of the text and of the sampling."),
     device: str = typer.Option("cpu", help="Torch device."),
+    any_model: bool = ANY_MODEL,
     out: Path = typer.Option(Path("compare-steering"), help="Folder for JSON and plot."),  # noqa: B008
 ) -> None:
     """Measure a clamp, a difference-of-means vector and a prompt: effect against damage."""
@@ -73,7 +70,6 @@ def compare_steering(
     except ImportError as error:
         fail_missing(error)
     from .._files import json_text, write_text_atomic
-    from ..lm.load import load_subject
     from ..lm.tokens import encoded
     from ..steer import attach, describe
     from ..steer.compare import Trial, compare, plot
@@ -82,7 +78,8 @@ def compare_steering(
     if (positive is None) != (negative is None):
         fail("give --positive and --negative, or neither")
     check_writable(out)
-    trained, statistics, hook = load_sae(sae, device, layer, hook)
+    saved = load_saved(sae, model, layer, hook, device, any_model)
+    trained, statistics = saved.sae, saved.statistics
     if statistics is None:
         fail(f"{sae} has no maximum activations beside it, which the strengths are multiples of")
     if feature >= trained.d_sae:
@@ -93,7 +90,7 @@ def compare_steering(
         fail(f"--strengths must be numbers with commas between, got {strengths!r}")
     try:
         with progress_bars() as progress:
-            subject = load_subject(model, device=device, layer=layer, hook=hook)
+            subject = saved.load_model()
             text = _Text(seed, subject, progress)
             own_prompts = _lines(subject.tokenizer, prompts) if prompts else None
             own_neutral = _lines(subject.tokenizer, neutral) if neutral else None

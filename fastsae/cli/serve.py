@@ -12,7 +12,7 @@ from urllib.parse import quote
 import typer
 
 from . import fail, fail_missing
-from .steer import load_sae
+from .subject import ANY_MODEL, MODEL, SAE, Saved, load_saved
 
 if TYPE_CHECKING:
     from ..serve.protocol import Limits
@@ -24,15 +24,12 @@ _READOUT = 1 << 28  # elements up to which latents are described by what they pr
 
 
 def serve(
-    sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved SAE, such as quickstart/sae."
-    ),
-    model: str | None = typer.Option(
-        None, help="Hub id or folder.", show_default="the embedded model"
-    ),
+    sae: Path = SAE,
+    model: str | None = MODEL,
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     device: str = typer.Option("cpu", help="Torch device."),
+    any_model: bool = ANY_MODEL,
     host: str = typer.Option("127.0.0.1", help="Address to listen on; others can then reach it."),
     port: int = typer.Option(8000, min=0, max=65535),
     token: str | None = typer.Option(
@@ -70,7 +67,7 @@ def serve(
         rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         seconds=seconds,
     )  # fmt: skip
-    service = load_service(sae, model, layer, hook, device, limits)
+    service = load_service(load_saved(sae, model, layer, hook, device, any_model), limits)
     local = host in _LOCAL
     app = create_app(service, token=token, hosts=LOOPBACK if local else None)
     if not local and token is None:
@@ -120,24 +117,20 @@ def address(host: str, port: int, path: str, token: str | None = None) -> str:
     return f"http://{name}:{port}{path}" + (f"#token={quote(token, safe='')}" if token else "")
 
 
-def load_service(
-    folder: Path, model: str | None, layer: int | None, hook: str | None, device: str,
-    limits: Limits,
-) -> Service:  # fmt: skip
+def load_service(saved: Saved, limits: Limits) -> Service:
     """Model, SAE and engine, ready to serve."""
     import torch
 
-    from ..lm.load import load_subject
     from ..lm.readout import logit_effect
     from ..serve.engine import Engine
     from ..serve.protocol import MAX_OPS
     from ..serve.service import Service, labels_of
     from ..steer import attach, describe
 
-    trained, statistics, hook = load_sae(folder, device, layer, hook)
+    trained, device = saved.sae, saved.device
     try:
-        subject = load_subject(model, device=device, layer=layer, hook=hook)
-        sae = describe(trained, statistics)
+        subject = saved.load_model()
+        sae = describe(trained, saved.statistics)
         width = len(trained.W_dec[0])
         steerer = attach(
             subject.model, sae, hook=subject.site, max_slots=limits.rows, max_ops=2 * MAX_OPS,
@@ -170,6 +163,6 @@ def load_service(
         readout,
         limits,
         int(getattr(config, "max_position_embeddings", 1 << 30)),
-        labels_of(folder.parent / "report.json"),
+        labels_of(saved.folder.parent / "report.json"),
         subject.site,
     )

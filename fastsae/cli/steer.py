@@ -8,24 +8,18 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import fail, fail_missing
+from .subject import ANY_MODEL, MODEL, SAE, load_saved
 
 if TYPE_CHECKING:
     import torch
 
-    from ..nn import SparseCoder
-    from ..steer import MaxActivations
-
 
 def steer(
-    sae: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of a saved SAE, such as quickstart/sae."
-    ),
+    sae: Path = SAE,
     feature: int = typer.Option(..., min=0, help="The latent."),
     strength: float = typer.Option(..., help="What it is clamped to, in --unit."),
     prompt: str = typer.Option(..., help="The text that both continue."),
-    model: str | None = typer.Option(
-        None, help="Hub id or folder.", show_default="the embedded model"
-    ),
+    model: str | None = MODEL,
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
     unit: str = typer.Option("max", help="max: times the latent's maximum activation; raw."),
@@ -33,6 +27,7 @@ def steer(
     temperature: float = typer.Option(0.8, min=0.0, help="0: the likeliest token every time."),
     seed: int = typer.Option(0, help="Of the sampling."),
     device: str = typer.Option("cpu", help="Torch device."),
+    any_model: bool = ANY_MODEL,
 ) -> None:
     """Clamp one latent while the model writes; its error term is kept. Unsteered text beside it."""
     try:
@@ -42,16 +37,24 @@ def steer(
         fail_missing(error)
     import torch
 
-    from ..lm.load import load_subject
     from ..lm.tokens import encoded
     from ..steer import attach, clamp, describe
 
-    trained, statistics, hook = load_sae(sae, device, layer, hook)
+    saved = load_saved(sae, model, layer, hook, device, any_model)
+    trained, statistics = saved.sae, saved.statistics
+    if feature >= trained.d_sae:
+        fail(f"--feature {feature}: the SAE has {trained.d_sae} latents")
     try:
-        subject = load_subject(model, device=device, layer=layer, hook=hook)
+        subject = saved.load_model()
         ids = torch.tensor([encoded(subject.tokenizer, prompt)], device=device)
         if ids.shape[1] == 0:
             fail("--prompt is empty")
+        context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and ids.shape[1] + tokens > context:
+            fail(
+                f"--tokens {tokens} after a prompt of {ids.shape[1]} is more than the {context} "
+                "that the model can hold"
+            )
         steerer = attach(subject.model, describe(trained, statistics), hook=subject.site)
         program = [clamp(feature, strength, unit=unit)]
         with steerer.steer([None, program]):
@@ -66,28 +69,6 @@ def steer(
             )
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
-
-
-def load_sae(
-    folder: Path, device: str, layer: int | None, hook: str | None
-) -> tuple[SparseCoder, MaxActivations | None, str | None]:
-    """The SAE, its statistics when they are there, and the hook: theirs when no site is given."""
-    from ..nn import SparseCoder
-    from ..nn.description import MAX_ACTIVATION, MaxActivations
-
-    if layer is not None and hook is not None:
-        fail("give --layer or --hook, not both")
-    try:
-        sae = SparseCoder.from_pretrained(folder, device=device)
-        where = folder / MAX_ACTIVATION
-        statistics = MaxActivations.load(where) if where.is_dir() else None
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    if layer is None and hook is None:
-        if statistics is None or not statistics.site:
-            fail(f"{folder} does not say where it belongs: give --layer or --hook")
-        hook = statistics.site
-    return sae, statistics, hook
 
 
 def _show(

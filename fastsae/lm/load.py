@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 from .._errors import UserError, one_line
+from ..nn import Origin
 from .sites import blocks_of, find_site
 
+EMBEDDED = "embedded"  # what an SAE's origin calls it
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_python_lm"
 
 
@@ -27,6 +31,29 @@ class Subject:
     site: str
     module: nn.Module
     n_layers: int
+    origin: Origin
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's weights: the same in every dtype that bf16 can be made of, on every device.
+
+    By a few values of some of the matrices: enough to tell models apart, not to tell that nothing
+    was changed.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    named = sorted((n, p) for n, p in model.named_parameters() if p.is_floating_point())
+    for name, p in named[:: max(1, len(named) // 24)]:
+        if not p.is_meta:
+            some = p.detach().flatten()[:256].to(torch.bfloat16).cpu()
+            digest.update(f"{name} {list(p.shape)}".encode())
+            digest.update(some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _width(config: Any) -> int | None:
+    """Of the residual stream."""
+    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return width
 
 
 def load_subject(
@@ -35,6 +62,7 @@ def load_subject(
     device: str = "cpu",
     layer: int | None = None,
     hook: str | None = None,
+    width: int | None = None,
 ) -> Subject:
     """Loads model and tokenizer, in eval mode and without gradients.
 
@@ -43,9 +71,11 @@ def load_subject(
         device: a torch device.
         layer: block whose output is the site, from 0; None: the middle one.
         hook: a module's dotted path instead of layer.
+        width: of the activations that are wanted. A model whose blocks put out others is refused
+            before its weights are read.
 
     Raises:
-        UserError: the model, a file of it or the network is missing.
+        UserError: the model, a file of it or the network is missing; another width.
     """
     embedded = model is None
     if embedded and not (EMBEDDED_MODEL / "config.json").exists():
@@ -82,11 +112,19 @@ def load_subject(
         config: Any = AutoConfig.from_pretrained(source)
         if config.is_encoder_decoder:
             raise NotImplementedError("an encoder-decoder model; a causal language model is needed")
+        of_block = hook is None or re.search(r"\.\d+$", hook)
+        if width is not None and of_block and _width(config) not in (None, width):
+            raise UserError(
+                f"{source} has activations of width {_width(config)}, and the SAE is of width "
+                f"{width}: it belongs to another model (--model)"
+            )
         if getattr(config, "activation_function", None) == "gelu_new":
             # the same function as one kernel instead of seven; 1.6x for a whole GPT-2 on a CPU
             config.activation_function = "gelu_pytorch_tanh"
         dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
         found: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, httpx errors and more
         raise UserError(f"cannot load {source!r}: {one_line(error)}") from error
     found = found.to(place).eval().requires_grad_(False)
@@ -98,4 +136,7 @@ def load_subject(
         raise UserError(str(error)) from error
     name = "embedded: tiny_python_lm" if embedded else source
     n_layers = int(getattr(found.config.get_text_config(), "num_hidden_layers", 0))
-    return Subject(name, found, tokenizer, site, module, n_layers)
+    where = EMBEDDED if embedded else str(path.resolve()) if path.is_dir() else source
+    revision = getattr(found.config, "_commit_hash", None) or ""
+    origin = Origin(where, revision, fingerprint(found), site)
+    return Subject(name, found, tokenizer, site, module, n_layers, origin)

@@ -3,6 +3,7 @@
 from .base import CoderConfig, SparseCoder
 from .code import Code, Loss, fvu
 from .description import Description, MaxActivations
+from .origin import Origin
 from .topk import TopKConfig, TopKSAE
 
 # By the tag in their files: one line for each.
@@ -11,6 +12,6 @@ ARCHITECTURES: dict[str, type[SparseCoder]] = {
 }
 
 __all__ = [
-    "ARCHITECTURES", "Code", "CoderConfig", "Description", "Loss", "MaxActivations", "SparseCoder",
-    "TopKConfig", "TopKSAE", "fvu",
+    "ARCHITECTURES", "Code", "CoderConfig", "Description", "Loss", "MaxActivations", "Origin",
+    "SparseCoder", "TopKConfig", "TopKSAE", "fvu",
 ]  # fmt: skip

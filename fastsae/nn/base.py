@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from ..optim import set_unit_norm
 from .code import Code, Loss
 from .description import Description
 from .initial import geometric_median, normalize_rows_
+from .origin import Origin
 
 _FORMAT = "fastsae.SparseCoder"
 _OLDER = {"fastsae.TopKSAE": "topk"}  # formats from before there was more than one architecture
@@ -89,6 +90,7 @@ class SparseCoder(nn.Module, ABC):
 
     config_class: ClassVar[type[CoderConfig]]
     config: CoderConfig
+    origin: Origin | None = None  # the model and site it was trained on; saved with it
     tokens_seen: torch.Tensor
     last_fired: torch.Tensor
 
@@ -368,7 +370,7 @@ class SparseCoder(nn.Module, ABC):
         _files.save(
             directory,
             _FORMAT,
-            {"config": config},
+            {"config": config} | ({} if self.origin is None else {"origin": asdict(self.origin)}),
             dict(self.named_parameters(remove_duplicate=False)),
         )
 
@@ -412,6 +414,13 @@ class SparseCoder(nn.Module, ABC):
         one: dict[int, nn.Parameter] = {}
         for n, tensor in tensors.items():
             setattr(coder, n, one.setdefault(id(tensor), nn.Parameter(tensor)))
+        origin = header.get("origin")
+        if origin is not None:
+            known = {f.name for f in fields(Origin)}
+            strings = isinstance(origin, dict) and all(isinstance(v, str) for v in origin.values())
+            if not strings:
+                raise ValueError(f"{Path(directory) / _files.CONFIG}: 'origin' is damaged")
+            coder.origin = Origin(**{k: v for k, v in origin.items() if k in known})
         coder.tokens_seen = torch.zeros((), dtype=torch.int64, device=device)
         coder.last_fired = torch.zeros(coder.d_sae, dtype=torch.int64, device=device)
         return coder.eval()

@@ -133,7 +133,7 @@ def run(settings: Settings, progress: Progress) -> Result:
         train_windows, held_out = settings.windows(subject, progress)
         store, test = harvest(settings, subject, train_windows, held_out, progress)
     with timed("train"):
-        training = train(settings, store, progress)
+        training = train(settings, subject, store, progress)
     if training.steps < settings.steps:  # the rest takes as much longer as training did
         samples = max(4, settings.samples * training.steps // settings.steps)
         settings = replace(settings, samples=samples)
@@ -189,7 +189,7 @@ def harvest(
 # -- the SAE --------------------------------------------------------------------------------------
 
 
-def train(settings: Settings, store: Store, progress: Progress) -> Training:
+def train(settings: Settings, subject: Subject, store: Store, progress: Progress) -> Training:
     """Trains the SAE with fused steps, then times that step against plain PyTorch's."""
     width = store.activations.shape[1]
     d_sae = settings.d_sae or 8 * width
@@ -221,6 +221,7 @@ def train(settings: Settings, store: Store, progress: Progress) -> Training:
     assert isinstance(trainer.optimizer, FusedAdam)
     trainer.optimizer.release()
     sae.eval().requires_grad_(False)
+    sae.origin = subject.origin
     settled = records[2:] if len(records) > 4 else records  # the first steps warm up
     seconds = sum(config.log_every * batch_size / r.tokens_per_s for r in settled)
     return Training(

@@ -26,8 +26,9 @@ def service(folder):
     from serving import LIMITS
 
     from fastsae.cli.serve import load_service
+    from fastsae.cli.subject import load_saved
 
-    made = load_service(folder, None, None, None, "cpu", LIMITS)
+    made = load_service(load_saved(folder, None, None, None, "cpu", False), LIMITS)
     yield made
     made.engine.close()
 

@@ -24,6 +24,7 @@ httpx = pytest.importorskip("httpx")
 from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy  # noqa: E402
 
 from fastsae.cli.serve import load_service  # noqa: E402
+from fastsae.cli.subject import load_saved  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
 from fastsae.steer import clamp  # noqa: E402
@@ -350,7 +351,9 @@ def test_host_header_and_token(service, server):
 
 
 def test_no_room_is_429(service, folder):
-    small = load_service(folder, None, None, None, "cpu", Limits(rows=1, waiting=1))
+    small = load_service(
+        load_saved(folder, None, None, None, "cpu", False), Limits(rows=1, waiting=1)
+    )
     held = threading.Event()
     original = small.engine._forward
     small.engine._forward = lambda *a: (held.wait(20), original(*a))[1]

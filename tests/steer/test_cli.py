@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from common import randn
 
+from fastsae.lm.load import EMBEDDED_MODEL, fingerprint, load_subject
 from fastsae.nn import TopKConfig, TopKSAE
 from fastsae.nn.description import MAX_ACTIVATION
 from fastsae.steer import MaxActivations
@@ -65,11 +69,12 @@ def test_says_what_is_wrong_in_one_line(folder, tmp_path):
     for arguments, message in (
         (("--sae", tmp_path / "transcoder", "--layer", 1, *options), "transcoder"),
         (("--sae", tmp_path / "nowhere", *options), "no such file"),
-        (("--sae", folder, *options, "--feature", 99), "whose SAE has 32"),
+        (("--sae", folder, *options, "--feature", 99), "--feature 99: the SAE has 32 latents"),
         (("--sae", folder, *options, "--unit", "sigma"), "unit must be"),
         (("--sae", folder, *options, "--layer", 1, "--hook", "lm_head"), "not both"),
         (("--sae", folder, *options, "--layer", 77), "layer must lie in"),
         (("--sae", folder, *options, "--model", "./nowhere"), "no such folder"),
+        (("--sae", folder, *options, "--tokens", 1000), "more than the 256 that the model can"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
@@ -90,3 +95,56 @@ def test_statistics_survive_a_round_trip(tmp_path):
     TopKSAE(4, 8, 2).save_pretrained(tmp_path / "sae")
     with pytest.raises(ValueError, match="format"):
         MaxActivations.load(tmp_path / "sae")
+
+
+def other_model(folder, width, *, weights=True):
+    """A model of another kind, with the embedded one's tokenizer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=4096, n_positions=256, n_embd=width, n_layer=3, n_head=4,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    if weights:
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
+    return folder
+
+
+def test_the_folder_knows_its_model_and_site(tmp_path):
+    """Neither is asked for, another model is refused, one of another width before it is read."""
+    mine, other = other_model(tmp_path / "mine", 64), other_model(tmp_path / "other", 256)
+    narrow = other_model(tmp_path / "narrow", 32, weights=False)
+    sae = TopKSAE(64, 32, 4, seed=0)
+    sae.origin = load_subject(str(mine), layer=1).origin
+    assert sae.origin.site == "transformer.h.1"
+    sae.save_pretrained(tmp_path / "sae")
+    options = ("--sae", tmp_path / "sae", "--feature", 3, "--strength", 5, "--unit", "raw",
+               "--prompt", "import os", "--tokens", 3)  # fmt: skip
+    done = run(*options)
+    assert done.exit_code == 0, done.output
+    (mine / "model.safetensors").unlink()
+    sae.origin = replace(sae.origin, model=str(other_model(tmp_path / "again", 64)))
+    sae.save_pretrained(tmp_path / "sae")
+    with torch.no_grad():
+        changed = load_subject(sae.origin.model).model
+        changed.transformer.wte.weight[0, 0] += 1
+        changed.save_pretrained(sae.origin.model)
+    for model, message in (
+        ((), "was trained on"),
+        (("--model", other), "has activations of width 256, and the SAE is of width 64"),
+        (("--model", narrow), "has activations of width 32, and the SAE is of width 64"),
+    ):
+        result = run(*options, *model)
+        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert result.stderr.count("\n") == 1
+    assert run(*options, "--any-model").exit_code == 0
+
+
+def test_one_fingerprint_in_every_dtype():
+    model = load_subject().model
+    mark = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == mark != fingerprint(model.transformer.h)
