@@ -37,9 +37,11 @@ inline void check_indices(const char* op, const int32_t* indices, int64_t n, int
   uint32_t largest = 0;  // a negative index is a large unsigned one
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<uint32_t>(indices[i]));
   if (largest < static_cast<uint64_t>(n_latents)) return;
-  const auto range = std::minmax_element(indices, indices + n);
-  STD_TORCH_CHECK(false, op, ": indices must lie in [0, ", n_latents, "), got values from ",
-                  *range.first, " to ", *range.second);
+  const auto is_outside = [n_latents](int32_t i) { return i < 0 || i >= n_latents; };
+  STD_TORCH_CHECK(false, op, ": indices must lie in [0, ", n_latents, "), and ",
+                  std::count_if(indices, indices + n, is_outside), " of ", n,
+                  " do not, the first at place ",
+                  std::find_if(indices, indices + n, is_outside) - indices);
 }
 
 // f(i) for i in [0, n) on `threads` of torch's threads, handed out as they come free (other work

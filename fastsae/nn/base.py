@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from .. import _files
 from .._config import make_plain
+from .._errors import not_a_tensor
 from .._memory import advise_huge_pages
 from ..ops import _factors, sparse_decode
 from ..optim import set_unit_norm
@@ -179,6 +180,7 @@ class SparseCoder(nn.Module, ABC):
 
     def _input(self, x: torch.Tensor) -> torch.Tensor:
         """What the encoder's rows are multiplied with."""
+        self._refuse_other_than_activations("x", x)
         if x.shape[-1:] != (self.d_in,):
             raise ValueError(
                 f"{type(self).__name__}: x must be [..., {self.d_in}], got {list(x.shape)}"
@@ -188,6 +190,15 @@ class SparseCoder(nn.Module, ABC):
         x = x.to(self.W_enc.dtype)
         # not x - b_dec: the same to the bit, but its backward negates a [N, D] gradient first
         return x + (-self.b_dec) if self.config.apply_b_dec_to_input else x
+
+    def _refuse_other_than_activations(self, name: str, x: Any) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{type(self).__name__}: {name}: {not_a_tensor(x)}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be activations, of a floating dtype, got "
+                f"{x.dtype}"
+            )
 
     def _target(self, x: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         if target is None:
@@ -239,6 +250,7 @@ class SparseCoder(nn.Module, ABC):
             ValueError: the sample is empty, of another width, not finite, or `directions` unknown.
         """
         where = "initialize_from_data"
+        self._refuse_other_than_activations("x", x)
         if directions not in ("data", "random"):
             raise ValueError(f"{where}: directions must be 'data' or 'random', got {directions!r}")
         if x.dim() < 1 or x.shape[-1] != self.d_in or x.numel() == 0:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from .._errors import not_a_tensor
 from .._library import lib
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -145,12 +146,16 @@ def refuse_double_backward(op: str, grads: tuple[torch.Tensor | None, ...]) -> N
 
 
 def refuse_transforms(op: str, *tensors: torch.Tensor | None) -> None:
-    """Forward-mode AD would drop the tangents, and torch.func cannot trace these ops' backward.
+    """Refuses what is no tensor, and transforms that these ops do not have.
 
+    Forward-mode AD would drop the tangents, and torch.func cannot trace these ops' backward.
     Ordinary backward and torch.vmap (see `register`) work.
     """
     if torch.compiler.is_compiling():
         return
+    for t in tensors:
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {not_a_tensor(t)}")
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):

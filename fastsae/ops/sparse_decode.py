@@ -45,7 +45,7 @@ def sparse_decode(
 
     Source: the sparse decoder of Gao et al. 2024, section 2.
     """
-    _common.refuse_transforms(_OP, values, W_dec, b_dec)
+    _common.refuse_transforms(_OP, values, W_dec, b_dec, indices)
     if _factors.is_recorded(W_dec):
         out = torch.ops.fastsae.sparse_decode(values, indices, W_dec.detach(), b_dec)
         return _factors.record_decode(out, W_dec, values.to(W_dec.dtype), indices)

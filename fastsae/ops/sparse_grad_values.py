@@ -36,7 +36,7 @@ def sparse_grad_values(
         RuntimeError: an index out of range (found on the CPU before anything is read; the GPU
             kernels cannot raise without a sync: there it gives 0).
     """
-    _common.refuse_transforms(_OP, grad_out, W_dec)
+    _common.refuse_transforms(_OP, grad_out, W_dec, indices)
     out: torch.Tensor = torch.ops.fastsae.sparse_grad_values(grad_out, indices, W_dec)
     return out
 

@@ -49,7 +49,7 @@ def sparse_grad_weight(
         RuntimeError: an index out of range (found on the CPU before anything is read; the GPU
             kernels cannot raise without a sync: there it adds nothing).
     """
-    _common.refuse_transforms(_OP, values, rows)
+    _common.refuse_transforms(_OP, values, rows, indices)
     if layout == "dense":
         dense: torch.Tensor = torch.ops.fastsae.sparse_grad_weight(values, indices, rows, n_latents)
         return dense

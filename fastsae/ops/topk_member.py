@@ -67,6 +67,7 @@ def topk_member(
             x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
         )
         return member
+    _common.refuse_transforms(_OP, x, W_enc, b_enc, latents)
     out: torch.Tensor = torch.ops.fastsae.topk_member(
         x, W_enc, b_enc, latents, k, rank_scale, positive, codes, bounds
     )

@@ -38,8 +38,10 @@ def check_range(op: str, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
     if indices.device.type == "cpu" and indices.numel():
         low, high = (int(v) for v in indices.aminmax())
         if low < 0 or high >= n_latents:
+            outside = ((indices < 0) | (indices >= n_latents)).flatten().nonzero()
             raise RuntimeError(
-                f"{op}: indices must lie in [0, {n_latents}), got values from {low} to {high}"
+                f"{op}: indices must lie in [0, {n_latents}), and {len(outside)} of "
+                f"{indices.numel()} do not, the first at place {int(outside[0])}"
             )
     return indices.long()
 

@@ -283,9 +283,11 @@ class Steerer:
             raise RuntimeError(
                 f"steer: {self.site} is being steered already; leave that block first"
             )
-        if any(isinstance(program, Operation) for program in programs):
+        self._refuse_other_than_programs(programs)
+        if not isinstance(positions, Positions | None):
             raise TypeError(
-                "steer: one list of operations per sequence, as in steer([[clamp(...)]])"
+                "steer: positions must come from fastsae.steer.positions, such as "
+                f"positions.generated_only(), got {positions!r}"
             )
         where = positions or prompt_and_generated()
         only = where.only
@@ -298,6 +300,26 @@ class Steerer:
         self.receipt = Receipt(self.site)
         if prompt_length is None and where.prompt != where.generated:
             watch(self._model, self)
+
+    @staticmethod
+    def _refuse_other_than_programs(programs: Any) -> None:
+        lists = not isinstance(programs, Operation | str) and isinstance(programs, Sequence)
+        if lists:
+            lists = all(
+                one is None or (not isinstance(one, Operation | str) and isinstance(one, Sequence))
+                for one in programs
+            )
+        if not lists:
+            raise TypeError(
+                "steer: one list of operations per sequence, as in steer([[clamp(...)]])"
+            )
+        for one in programs:
+            for operation in one or ():
+                if not isinstance(operation, Operation):
+                    raise TypeError(
+                        "steer: a program holds operations, such as fastsae.steer.clamp(3, 5.0), "
+                        f"got {operation!r}"
+                    )
 
     def begin_generate(self, prompt_length: int) -> None:
         """Of `prompts.Watcher`: `generate` was given so many columns."""

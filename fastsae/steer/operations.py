@@ -7,12 +7,14 @@ edits are summed, so the order of a program does not matter.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .. import _steer_codes as codes
+from .._errors import not_a_tensor
 
 RAW_UNIT, MAX_UNIT = "raw", "max"
 
@@ -51,8 +53,13 @@ Program = Sequence[Operation]
 
 
 def _latent(name: str, latent: int) -> int:
-    if isinstance(latent, bool) or not isinstance(latent, int):
+    try:
+        whole = None if isinstance(latent, bool) else operator.index(latent)
+    except TypeError:
+        whole = None
+    if whole is None:
         raise TypeError(f"{name}: latent must be an int, got {type(latent).__name__}")
+    latent = whole
     if latent < 0:
         raise ValueError(f"{name}: latent must be 0 or more, got {latent}")
     return latent
@@ -61,12 +68,16 @@ def _latent(name: str, latent: int) -> int:
 def _number(name: str, value: float, unit: str) -> float:
     if unit not in (RAW_UNIT, MAX_UNIT):
         raise ValueError(f"{name}: unit must be 'raw' or 'max', got {unit!r}")
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: the value must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: the value must be finite, got {value}")
     return float(value)
 
 
 def _direction(name: str, vector: torch.Tensor) -> torch.Tensor:
+    if not isinstance(vector, torch.Tensor):
+        raise TypeError(f"{name}: the vector: {not_a_tensor(vector)}")
     if vector.dim() != 1 or not vector.is_floating_point():
         raise ValueError(f"{name}: the vector must be [D] and floating, got {tuple(vector.shape)}")
     if not bool(vector.isfinite().all()):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .._errors import not_a_tensor
+
 _STEPS = 2  # that a GPU has not finished while the host prepares more: each holds a batch
 _HORIZON = 8  # steps for which a count of latents that may die holds
 
@@ -37,6 +39,12 @@ class Copies:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _activations(x: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"batches: {not_a_tensor(x)}")
+    return x
 
 
 def is_finite(x: torch.Tensor) -> bool:
@@ -72,14 +80,14 @@ def prefetched(
     if copies is None and device.type == "cuda":
         copies = Copies(device)
     if copies is None:
-        for x in batches:
+        for x in map(_activations, batches):
             if refuse is not None and not is_finite(x):
                 refuse()
                 yield None
                 continue
             yield x.to(device)
         return
-    source = iter(batches)
+    source = map(_activations, batches)
     ended: deque[Any] = deque()
 
     def take() -> tuple[torch.Tensor, bool, Callable[[], bool]] | None:

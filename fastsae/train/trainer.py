@@ -16,6 +16,7 @@ import torch
 
 from .._capture import is_capturing
 from .._config import make_plain, plain_numbers
+from .._errors import not_a_tensor
 from .._files import write_atomic
 from .._waits import Waits, told
 from ..nn import SparseCoder, fvu
@@ -382,6 +383,8 @@ def train_sae(
         not_finite: see `Trainer.fit`.
         **config: fields of `TrainConfig`; `steps` is one pass over the data when not given.
     """
+    if type(data).__module__ == "numpy":
+        raise TypeError(f"train_sae: data: {not_a_tensor(data)}")
     if isinstance(data, torch.Tensor):
         config.setdefault("steps", max(1, data.shape[0] // batch_size))
         if initialize:
