@@ -1,44 +1,17 @@
-"""The corpus of the embedded model: tokenizer, token streams and windows.
-
-What is train and what is held out is decided in one place, `fastsae.lm.text`.
-"""
+"""The corpus of the embedded model as tokens: tokenizer, packed streams and windows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fastsae.lm.text import is_test, stdlib_documents
-
 END_OF_TEXT = "<|endoftext|>"
 
 # A line break takes the indentation after it, so that the start of a line is one token; a word
 # takes the space, dot or underscore before it.
 PIECES = r"\n+[ ]*|[ ._]?\p{L}+|[ ]?\p{N}{1,3}|[ ]?[^\s\p{L}\p{N}]+|[^\S\n]+|\s+"
-
-
-@dataclass(frozen=True)
-class Documents:
-    """One split. Names are the library's paths; `tests` tells which come from test packages."""
-
-    names: list[str]
-    texts: list[str]
-
-    @property
-    def tests(self) -> list[bool]:
-        return [is_test(name) for name in self.names]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-
-def read_documents(split: str) -> Documents:
-    pairs = list(stdlib_documents(split))
-    return Documents([name for name, _ in pairs], [text for _, text in pairs])
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -62,11 +35,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_or_train_tokenizer(path: Path, documents: Documents, vocab_size: int) -> Tokenizer:
+def load_or_train_tokenizer(path: Path, texts: Sequence[str], vocab_size: int) -> Tokenizer:
     if path.exists():
         return Tokenizer.from_file(str(path))
-    # The library's own text counts in full, every third test: prose gets its share of merges.
-    texts = [t for i, t in enumerate(documents.texts) if not documents.tests[i] or i % 3 == 0]
     tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save(str(path))
     return tokenizer
@@ -88,12 +59,15 @@ class PackedStream:
     that a later epoch shows a token with another past.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], context: int, seed: int):
+    def __init__(self, documents: Sequence[np.ndarray], context: int, seed: int, taken: int = 0):
+        """`taken` windows are passed over: where a run that goes on left off."""
         self.documents = documents
         self.context = context
         self.rng = np.random.default_rng(seed)
         self.epoch = 0
         self._windows = self._pack()
+        for _ in range(taken):
+            next(self._windows)
 
     @property
     def n_tokens(self) -> int:

@@ -1,24 +1,33 @@
 """Write a checkpoint as a transformers model directory in fp16, measure it, write its card.
 
-python tools/train_embedded_lm/export.py --work WORK --out fastsae/assets/tiny_python_lm
+python tools/train_embedded_lm/export.py --work WORK --out fastsae/assets/docs_lm
 """
 
 import argparse
 import json
-import platform
 import shutil
 from pathlib import Path
 
 import torch
-from corpus import END_OF_TEXT, Documents, read_documents
+from corpus import END_OF_TEXT
 from evaluate import compare, held_out
 from safetensors.torch import save_file
+from sources import HELD_OUT, read_documents, sources
 from tokenizers import Tokenizer
 
-from fastsae.lm.text import HELD_OUT_MODULES
-
-# The beginnings that the card shows continued; none occurs in the corpus as it stands.
-PROMPTS = ['def read_header(self, line):\n    """', "class BufferedConnection(object):"]
+# Beginnings that the card shows continued, greedily: a test counts how often they repeat.
+PROMPTS = [
+    "The easiest way to plot a histogram is",
+    "Dates and times are parsed by",
+    "To read a file line by line,",
+    "If the matrix is singular,",
+    "A connection to the database is opened with",
+    "The random number generator",
+    "When an exception is raised inside",
+    "The shortest path between two nodes",
+    "Each column of the table holds",
+    "To send a request to the server,",
+]
 
 
 def write_model(weights: dict[str, torch.Tensor], tokenizer_file: Path, out: Path) -> None:
@@ -76,18 +85,16 @@ def write_model(weights: dict[str, torch.Tensor], tokenizer_file: Path, out: Pat
 
 
 @torch.inference_mode()
-def samples(out: Path, seed: int) -> list[tuple[str, str]]:
-    """Prompt and continuation, by the directory's own generation settings."""
+def samples(out: Path) -> list[tuple[str, str]]:
+    """Prompt and greedy continuation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     texts = []
     for prompt in PROMPTS:
-        torch.manual_seed(seed)
         tokens = tokenizer(END_OF_TEXT + prompt, return_tensors="pt")["input_ids"]
-        most = min(160, model.config.n_positions - tokens.shape[1])
-        new = model.generate(tokens, max_new_tokens=most)[0, tokens.shape[1] :]
+        new = model.generate(tokens, max_new_tokens=80, do_sample=False)[0, tokens.shape[1] :]
         texts.append((prompt, tokenizer.decode(new, skip_special_tokens=True)))
     return texts
 
@@ -95,15 +102,14 @@ def samples(out: Path, seed: int) -> list[tuple[str, str]]:
 def card(report: dict, examples: list[tuple[str, str]]) -> str:
     """README.md of the model directory, from its report."""
     template = (Path(__file__).parent / "card.md").read_text()
-    shown = "\n\n".join(
-        f"Prompt:\n\n```python\n{prompt}\n```\n\nContinuation:\n\n```\n{text}\n```"
-        for prompt, text in examples
-    )
+    shown = "\n\n".join(f"```\n{prompt}{text}\n```" for prompt, text in examples)
     run, loss = report["run"], report["held_out"]
+    rows = [f"| {s.name} | {s.version} | {s.licence} |" for s in sources()]
     return template.format(
         samples=shown,
-        modules=", ".join(f"`{m}`" for m in sorted(HELD_OUT_MODULES)),
-        python=report["python"],
+        projects=", ".join(sorted(HELD_OUT)),
+        sources="\n".join(rows),
+        count=len(rows),
         parameters=f"{report['parameters'] / 1e6:.2f}",
         vocabulary=report["vocabulary"],
         layers=report["layers"],
@@ -114,34 +120,26 @@ def card(report: dict, examples: list[tuple[str, str]]) -> str:
         train_tokens=f"{run['train_tokens'] / 1e6:.2f}",
         train_bytes=f"{run['train_bytes'] / 1e6:.1f}",
         steps=run["steps"],
-        minutes=round(run["seconds"] / 60),
-        epochs_library=run["epochs_library"],
-        epochs_tests=run["epochs_tests"],
-        all_bits=f"{loss['all']['bits_per_byte']:.3f}",
-        all_nats=f"{loss['all']['nats_per_token']:.3f}",
-        library_bits=f"{loss['library']['bits_per_byte']:.3f}",
-        library_nats=f"{loss['library']['nats_per_token']:.3f}",
-        tests_bits=f"{loss['tests']['bits_per_byte']:.3f}",
-        tests_nats=f"{loss['tests']['nats_per_token']:.3f}",
+        hours=f"{run['seconds'] / 3600:.1f}",
+        epochs=run["epochs"],
+        **{f"{part}_bits": f"{loss[part]['bits_per_byte']:.3f}" for part in loss},
+        **{f"{part}_nats": f"{loss[part]['nats_per_token']:.3f}" for part in loss},
     )
 
 
-def export(work: Path, out: Path, seed: int = 0) -> dict:
+def export(work: Path, out: Path) -> dict:
     """Write `out` from the averaged weights of `work/checkpoint.pt`; return the report."""
-    checkpoint = torch.load(work / "checkpoint.pt")
-    weights = checkpoint["average"]
+    weights = torch.load(work / "checkpoint.pt")["average"]
     write_model(weights, work / "tokenizer.json", out)
-    documents = read_documents("heldout")
-    ours, theirs = compare(out, documents.texts[0])
+    documents = read_documents(work, "heldout")
+    ours, theirs = compare(out, max(documents.values(), key=len))
     if abs(ours - theirs) > 0.003:
         raise RuntimeError(f"export: {ours} nats per token here, {theirs} in transformers")
-    loss = {}
-    for part, test in (("library", False), ("tests", True)):
-        chosen = [i for i, flag in enumerate(documents.tests) if flag == test]
-        loss[part] = held_out(
-            out,
-            Documents([documents.names[i] for i in chosen], [documents.texts[i] for i in chosen]),
-        )
+    of_project = {name: name.partition("/")[0] in HELD_OUT for name in documents}
+    loss = {
+        part: held_out(out, [text for name, text in documents.items() if of_project[name] == flag])
+        for part, flag in (("projects", True), ("documents", False))
+    }
     counts = {key: sum(loss[part][key] for part in loss) for key in ("tokens", "bytes")}
     nats = sum(loss[part]["nats_per_token"] * loss[part]["tokens"] for part in loss)
     bits = sum(loss[part]["bits_per_byte"] * loss[part]["bytes"] for part in loss)
@@ -154,7 +152,6 @@ def export(work: Path, out: Path, seed: int = 0) -> dict:
         "held_out": loss,
         "nats_here_and_in_transformers_fp32": [round(ours, 5), round(theirs, 5)],
         "run": json.loads((work / "run.json").read_text()),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "parameters": sum(w.numel() for w in weights.values()),
         "vocabulary": weights["wte.weight"].shape[0],
@@ -164,7 +161,7 @@ def export(work: Path, out: Path, seed: int = 0) -> dict:
         "bytes": sum(f.stat().st_size for f in out.iterdir()),
     }
     (out / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "README.md").write_text(card(report, samples(out, seed)))
+    (out / "README.md").write_text(card(report, samples(out)))
     return report
 
 
@@ -172,7 +169,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    result = export(arguments.work, arguments.out, arguments.seed)
+    result = export(arguments.work, arguments.out)
     print(json.dumps(result["held_out"], indent=2))
