@@ -25,17 +25,17 @@ def harvest(subject: Subject, split: str, tokens: int) -> Store:
 
 
 def train(activations: torch.Tensor, steps: int = 150) -> TopKSAE:
-    """The README's loop, on an SAE that starts from the data."""
+    """The README's loop."""
     sae = TopKSAE(d_in=activations.shape[1], d_sae=1024, k=16, seed=0)
     sae.initialize_from_data(activations, seed=0)
     opt = FusedAdam(sae.parameters(), lr=1e-3)
     for step, x in enumerate(islice(shuffled(activations, 512), steps)):
-        loss = (sae(x) - x).pow(2).sum(-1).mean()
+        loss = sae.loss(x).total  # FVU and AuxK
         loss.backward()  # records the factors of the weight gradients
         opt.step()  # consumes them, in one pass over the weights
         opt.zero_grad()
         if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.1f}")
+            print(f"step {step}: loss {loss.item():.3f}")
     return sae.eval()
 
 

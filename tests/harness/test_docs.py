@@ -61,7 +61,10 @@ def rows():
 # What a page's blocks find prepared, block by block; names live on to the page's end.
 PREPARED = {
     "README.md": [
-        lambda: {"activations": [torch.randn(64, 768) for _ in range(2)]},
+        lambda: {
+            "activations": [torch.randn(64, 768) for _ in range(2)],
+            "sample": torch.randn(64, 768),
+        },
         lambda: language_model() | batch(2),
     ],
     "docs/install.md": [weights],
