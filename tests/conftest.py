@@ -48,8 +48,9 @@ if importlib.util.find_spec("hypothesis") is not None:
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )  # fmt: skip
 
-# Where a test can depend on the C++ kernels' instruction set.
-CPU_KERNELS = ("ops", "cpu", "nn", "train", "lm", "features", "steer")
+# Where a test can depend on the C++ kernels' instruction set. Steering and all above it reach the
+# kernels by operators that are tested in these folders.
+CPU_KERNELS = ("ops", "cpu", "nn", "train")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """What a release runs: one build of the wheel must pass the tests under old and new torch.
 
-    python tools/release_check.py [--torch 2.10.0@python3.12 2.14.1] [--envs DIR] [--keep DIR]
+    python tools/release_check.py [--torch 2.10.0@python3.12 2.15.0] [--envs DIR] [--keep DIR]
                                   [--bare] [--compile] [pytest arguments]
 
 Builds the wheel once, with the torch of this interpreter; checks its tag and that its library asks
@@ -26,7 +26,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = ["2.10.0", "2.14.1"]  # the oldest that is supported, the newest that was tried
+VERSIONS = ["2.10.0", "2.15.0"]  # the oldest that is supported, the newest that was tried
 ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastsae/release_check"
 LIBRARY = "fastsae/_cpu.abi3.so"
 COMPILE_TESTS = ("tests/triton/test_compile.py", "tests/cuda/test_compile.py")

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-INSTALL = 'pip install "fastsae-kernels[cli]"'
+from .._install import pip_install
+
 NEEDED = ("typer", "rich", "transformers", "jinja2", "tokenizers", "tqdm", "matplotlib")
 SERVE = ("fastapi", "uvicorn", "pydantic", "starlette")
 
@@ -26,11 +27,10 @@ def fail_missing(error: ImportError) -> NoReturn:
     """Ends with a line that says how to get a missing package of the extra."""
     package = (error.name or "").split(".")[0]
     if package in SERVE:
-        install = INSTALL.replace("cli", "serve")
-        fail(f"`fastsae serve` needs {package}, which is not installed: {install}")
+        fail(f"`fastsae serve` needs {package}, which is not installed: {pip_install('serve')}")
     if package not in NEEDED:
         raise error
-    fail(f"the command line needs {error.name}, which is not installed: {INSTALL}")
+    fail(f"the command line needs {error.name}, which is not installed: {pip_install('cli')}")
 
 
 def fail(message: str) -> NoReturn:

@@ -81,7 +81,7 @@ def load_subject(
     if embedded and not (EMBEDDED_MODEL / "config.json").exists():
         raise UserError(
             f"the embedded model is missing from this installation ({EMBEDDED_MODEL}); "
-            "reinstall fastsae-kernels or name a model with --model"
+            "reinstall fastsae or name a model with --model"
         )
     source = str(EMBEDDED_MODEL) if model is None else model
     if embedded:

@@ -133,7 +133,7 @@ FLOORS = (
     {"_dispatch"},
     {"reference", "triton_kernels", "_verified", "_isolated"},
     {"_library", "_files", "_config", "_errors", "_memory", "_capture", "_stamp"},
-    {"_steer_codes", "_version", "_warnings", "_waiting", "_waits"},
+    {"_steer_codes", "_version", "_warnings", "_waiting", "_waits", "_install"},
 )
 # Laws of their own: what a part may not know, although it lies below.
 UNKNOWN = {
