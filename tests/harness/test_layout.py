@@ -183,9 +183,20 @@ def test_only_the_bridges_know_other_libraries():
     bridges = {p.stem for p in (ROOT / "fastsae/integrations").glob("*.py")} - {"__init__"}
     assert bridges == set(PEERS.values())
     names = re.compile(r"\b(sae_lens|sparsify|dictionary_learning)\b")
+    folders = ("fastsae", "triton_kernels", "csrc", "tools")
+    for path in (p for name in folders for p in (ROOT / name).rglob("*")):
+        if path.suffix in (".py", ".h", ".inl", ".cpp", ".cu", ".cuh"):
+            assert path.parent.name == "integrations" or not names.search(path.read_text()), path
+
+
+def test_the_package_imports_itself_by_relative_names():
+    """Which `test_imports_go_down` reads."""
     for path in (ROOT / "fastsae").rglob("*.py"):
-        if path.parent.name != "integrations":
-            assert not names.search(path.read_text()), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found = [node.module]
+            assert "fastsae" not in [name.split(".")[0] for name in found], path
 
 
 def test_every_architecture_has_a_file_of_its_own():
