@@ -446,7 +446,10 @@ def _cannot(op: str, design: str, x: torch.Tensor, W_enc: torch.Tensor, k: int) 
     """Why a design cannot run a call; None when it can."""
     table = {d.name: d for d in _table(op, "triton")}
     if table and design not in table:
-        raise ValueError(f"{op}: design must be None or one of {list(table)}, got {design!r}")
+        raise ValueError(
+            f"{op}: design must be None or one of {list(table)} (the C++ kernels choose among "
+            f"theirs for themselves), got {design!r}"
+        )
     why = _missing(op, "triton", x.device, x.dtype)
     return why if why is not None else table[design].refuses(x, W_enc, k)
 
