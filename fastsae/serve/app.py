@@ -133,6 +133,13 @@ def create_app(
         chats[name].change(1, service.program(body.steer))
         return {"ok": True}
 
+    @app.get("/health")
+    async def health() -> Response:
+        why = service.engine.ended
+        if why is not None:
+            return JSONResponse({"status": "failed", "reason": why}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
     # -- the OpenAI API ---------------------------------------------------------------------------
 
     @app.get("/v1/models")

@@ -205,6 +205,13 @@ class Engine:
         """Sequences that wait or run."""
         return len(self._open)
 
+    @property
+    def ended(self) -> str | None:
+        """Why no more sequences are taken; None while they are."""
+        if self.failure is not None:
+            return self.failure
+        return "the server is shutting down" if self._closed else None
+
     def rehearse(self, seconds: float = 600.0) -> None:
         """Has two short texts written in one batch, one longer than the other, which leaves first,
         so that a model that cannot be served says so now and not at its first request.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import http.client
 import json
 import re
@@ -26,6 +27,7 @@ from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy  # noqa: E402
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.cli.subject import load_saved  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
+from fastsae.serve.engine import Engine  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
 from fastsae.steer import clamp  # noqa: E402
 
@@ -341,6 +343,9 @@ def test_host_header_and_token(service, server):
                 guarded.url + "/api/info", headers={"authorization": value.encode("latin-1")}
             )
             assert answer.status_code == 401 and answer.json()["error"]["message"]
+        assert httpx.get(guarded.url + "/health").json() == {"status": "ok"}
+        elsewhere = httpx.get(guarded.url + "/health", headers={"host": "evil.example"})
+        assert elsewhere.status_code == 403
         right = openai.OpenAI(base_url=guarded.url + "/v1", api_key=TOKEN, max_retries=0)
         assert right.models.list().data
         wrong = openai.OpenAI(base_url=guarded.url + "/v1", api_key="no", max_retries=0)
@@ -348,6 +353,30 @@ def test_host_header_and_token(service, server):
             wrong.completions.create(model="m", prompt="x")
     finally:
         guarded.stop()
+
+
+def test_health_says_why_no_more_is_written(service):
+    other = copy.copy(service)
+    other.engine = engine = Engine(service.engine.model, None, rows=1)
+    server = Server(other)
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    try:
+        assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+        engine._turn = lost
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        assert answer.status_code == 500
+        engine._thread.join(10)
+        answer = httpx.get(server.url + "/health")
+        assert answer.status_code == 503 and "illegal memory" in answer.json()["reason"]
+    finally:
+        server.stop()
+    closed = Engine(service.engine.model, None)
+    assert closed.ended is None
+    closed.close()
+    assert closed.ended == "the server is shutting down"
 
 
 def test_no_room_is_429(service, folder):
