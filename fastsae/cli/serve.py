@@ -124,7 +124,7 @@ def load_service(saved: Saved, limits: Limits) -> Service:
     from ..lm.readout import logit_effect
     from ..serve.engine import Engine
     from ..serve.protocol import MAX_OPS
-    from ..serve.service import Service, labels_of
+    from ..serve.service import Service, labels_of, model_id
     from ..steer import attach, describe
 
     trained, device = saved.sae, saved.device
@@ -165,4 +165,5 @@ def load_service(saved: Saved, limits: Limits) -> Service:
         int(getattr(config, "max_position_embeddings", 1 << 30)),
         labels_of(saved.folder.parent / "report.json"),
         subject.site,
+        model_id(subject.origin.model),
     )

@@ -144,13 +144,13 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> Any:
-        return {"object": "list", "data": [_model(service.name)]}
+        return {"object": "list", "data": [service.model()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        if name != service.name:
-            raise RefusedError(404, f"the model here is {service.name}")
-        return _model(service.name)
+        if name != service.model_id:
+            raise RefusedError(404, f"the model here is {service.model_id}")
+        return service.model()
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -225,7 +225,7 @@ async def _answer(
     head = {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": service.model_id,
     }
 
     def usage() -> dict[str, int]:
@@ -301,10 +301,6 @@ async def _while_connected(request: Request, job: Job) -> AsyncIterator[Piece]:
 def _reason(piece: Piece) -> str | None:
     """A time limit is the length that there was time for."""
     return "length" if piece.finish in (TIME, CANCELLED) else piece.finish
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "fastsae"}
 
 
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..lm.load import EMBEDDED, EMBEDDED_MODEL
 from ..lm.tokens import TokenText, encoded, head
 from ..nn import Description
 from ..steer.operations import Operation
@@ -91,8 +92,10 @@ class Service:
     """One model, one site, one SAE.
 
     Args:
+        name: of the model, for people.
         readout: [D, V], what each dimension of the site adds to the logits, or None.
         labels: what is known of some latents, e.g. from a quickstart's report: index -> tokens.
+        model_id: what the OpenAI API calls the model; the name when it is empty.
     """
 
     def __init__(
@@ -106,9 +109,11 @@ class Service:
         context: int,
         labels: dict[int, list[str]] | None = None,
         site: str = "",
+        model_id: str = "",
     ) -> None:
         self.name, self.tokenizer, self.engine, self.sae = name, tokenizer, engine, sae
         self.limits, self.context, self.site = limits, context, site
+        self.model_id = model_id or name
         self._readout = readout
         self._labels = labels or {}
         self._token = TokenText(tokenizer)
@@ -206,6 +211,14 @@ class Service:
             raise RefusedError(400, str(error)) from error
         return program
 
+    def model(self) -> dict[str, Any]:
+        """The model as the OpenAI API lists it, and what it can be steered by."""
+        latents = 0 if self.sae is None else len(self.sae.W_dec)
+        return {
+            "id": self.model_id, "object": "model", "created": 0, "owned_by": "fastsae",
+            "fastsae": {"site": self.site, "latents": latents},
+        }  # fmt: skip
+
     # -- latents ----------------------------------------------------------------------------------
 
     def features(self, query: str, limit: int) -> list[dict[str, Any]]:
@@ -264,6 +277,13 @@ class Service:
 
 def _seed(seed: int) -> int:
     return seed % 2**63
+
+
+def model_id(origin: str) -> str:
+    """What the API calls a model of this origin: its hub id, or the folder's own name."""
+    if origin == EMBEDDED:
+        return EMBEDDED_MODEL.name
+    return Path(origin).name if Path(origin).is_absolute() else origin
 
 
 def labels_of(report: Path) -> dict[int, list[str]]:

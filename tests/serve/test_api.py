@@ -26,9 +26,11 @@ from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy  # noqa: E402
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.cli.subject import load_saved  # noqa: E402
+from fastsae.lm.load import EMBEDDED_MODEL, load_subject  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
 from fastsae.serve.engine import Engine  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
+from fastsae.serve.service import model_id  # noqa: E402
 from fastsae.steer import clamp  # noqa: E402
 
 
@@ -108,7 +110,20 @@ def test_chat(client):
         **options, extra_body={"steer": [{"latent": 7, "op": "add", "value": 8}]}
     )
     assert steered.choices[0].message.content != whole.choices[0].message.content
-    assert client.models.list().data[0].id == client.models.retrieve(whole.model).id
+
+
+def test_the_model_has_a_name_for_clients(client, tmp_path):
+    (listed,) = client.models.list().data
+    assert listed.id == "tiny_python_lm" == client.models.retrieve("tiny_python_lm").id
+    assert listed.fastsae == {"site": "transformer.h.2", "latents": 64}
+    answer = client.completions.create(model="any", prompt="x", max_tokens=1)
+    assert answer.model == "tiny_python_lm"
+    for other in ("embedded: tiny_python_lm", "embedded", str(EMBEDDED_MODEL)):
+        with pytest.raises(openai.NotFoundError, match="the model here is tiny_python_lm"):
+            client.models.retrieve(other)
+    assert model_id("google/gemma-3-1b-it") == "google/gemma-3-1b-it" and model_id("gpt2") == "gpt2"
+    assert model_id(load_subject(str(EMBEDDED_MODEL)).origin.model) == "tiny_python_lm"
+    assert model_id(str(tmp_path / "my-model")) == "my-model"
 
 
 def test_200_concurrent_requests_each_get_their_own(client, service):
