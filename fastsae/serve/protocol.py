@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -78,20 +79,35 @@ class _Model(BaseModel):
         return data
 
 
-class When(BaseModel):
-    """Acts only where this latent's activation exceeds `above`."""
+class _Strict(BaseModel):
+    """Of an edit: a misspelt one must not steer with a default."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_names(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            meant = _COMMAND_LINE.get(name)
+            if meant in cls.model_fields:
+                raise ValueError(f"{name}: not known here; {meant} is")
+        return data
+
+
+# What `fastsae steer` calls an edit's fields.
+_COMMAND_LINE = {"feature": "latent", "strength": "value", "operation": "op"}
+
+
+class When(_Strict):
+    """Acts only where this latent's activation exceeds `above`."""
 
     latent: Latent
     above: Finite = 0.0
     unit: Unit = "raw"
 
 
-class Edit(BaseModel):
+class Edit(_Strict):
     """One operation of `fastsae.steer` on a latent."""
-
-    model_config = ConfigDict(extra="forbid")  # a misspelt edit must not steer with a default
 
     latent: Latent
     op: Literal["clamp", "min_clamp", "scale", "ablate", "add"] = "clamp"
@@ -114,7 +130,20 @@ class Edit(BaseModel):
         return make(self.latent, self.value, self.unit, when)
 
 
-Program = Annotated[list[Edit], Field(max_length=MAX_OPS)]
+def _once_each(program: list[Edit]) -> list[Edit]:
+    """Two edits of a latent would be summed, which nobody means who writes a program down."""
+    seen: list[tuple[int, When | None]] = []
+    for edit in program:
+        if (edit.latent, edit.when) in seen:
+            raise ValueError(
+                f"latent {edit.latent} is edited twice under the same gate; "
+                "one edit for each latent and gate"
+            )
+        seen.append((edit.latent, edit.when))
+    return program
+
+
+Program = Annotated[list[Edit], Field(max_length=MAX_OPS), AfterValidator(_once_each)]
 
 
 def operations(program: list[Edit] | None) -> list[Operation] | None:

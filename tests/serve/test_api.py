@@ -189,6 +189,46 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
             400,
             "abvoe",
         ),
+        ({"prompt": "x", "steer": [{"feature": 1}]}, 400, "feature: not known here; latent is"),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "strength": 1}]},
+            400,
+            "strength: not known here; value is",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "operation": "add"}]},
+            400,
+            "operation: not known here; op is",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "value": 1, "when": {"feature": 5}}]},
+            400,
+            "steer.0.when: feature: not known here; latent is",
+        ),
+        (
+            {
+                "prompt": "x",
+                "steer": [{"latent": 1, "value": 1, "when": {"latent": 2, "strength": 5}}],
+            },
+            400,
+            "steer.0.when.strength: Extra inputs",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 7, "value": 1}, {"latent": 7, "op": "ablate"}]},
+            400,
+            "steer: latent 7 is edited twice under the same gate",
+        ),
+        (
+            {
+                "prompt": "x",
+                "steer": [
+                    {"latent": 7, "value": 1, "when": {"latent": 5}},
+                    {"latent": 7, "op": "scale", "value": 2, "when": {"latent": 5, "above": 0}},
+                ],
+            },
+            400,
+            "latent 7 is edited twice",
+        ),
         ({"prompt": "x", "logit_bias": {"50": 100}}, 400, "logit_bias: not supported here"),
         ({"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"prompt": "x", "frequency_penalty": -1}, 400, "frequency_penalty"),
@@ -231,6 +271,18 @@ def test_fields_that_change_nothing_are_taken(server):
     for path in ("/v1/completions", "/v1/chat/completions"):
         answer = httpx.post(server.url + path, json={**ask, **neutral})
         assert answer.status_code == 200, answer.text
+
+
+def test_a_latent_may_be_edited_under_several_gates(server):
+    edits = [
+        {"latent": 7, "value": 1}, {"latent": 8, "value": 1},
+        {"latent": 7, "value": 1, "when": {"latent": 5}},
+        {"latent": 7, "value": 1, "when": {"latent": 5, "above": 2}},
+        {"latent": 7, "value": 1, "when": {"latent": 6}},
+    ]  # fmt: skip
+    body = {"prompt": "x", "max_tokens": 2, "steer": edits}
+    answer = httpx.post(server.url + "/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_chat_says_which_part_is_wrong(server):
