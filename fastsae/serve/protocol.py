@@ -112,7 +112,7 @@ class Edit(_Strict):
     latent: Latent
     op: Literal["clamp", "min_clamp", "scale", "ablate", "add"] = "clamp"
     value: Finite | None = None
-    unit: Unit = "max"
+    unit: Unit = "raw"
     when: When | None = None
 
     def operation(self) -> Operation:

@@ -46,11 +46,16 @@ def test_completions(client, service):
     )
     steered = client.completions.create(
         model="any", prompt="import os\n", max_tokens=20, temperature=0,
-        extra_body={"steer": [{"latent": 5, "value": 6}]},
+        extra_body={"steer": [{"latent": 5, "value": 6, "unit": "max"}]},
     )  # fmt: skip
     expected = alone(service, "import os\n", [clamp(5, 6.0, unit="max")], 20)
     assert steered.choices[0].text == service.tokenizer.decode(expected, skip_special_tokens=True)
     assert steered.choices[0].text != plain.choices[0].text
+    raw = client.completions.create(  # the unit of the Python API, 6 times the maximum of 30
+        model="any", prompt="import os\n", max_tokens=20, temperature=0,
+        extra_body={"steer": [{"latent": 5, "value": 180}]},
+    )  # fmt: skip
+    assert raw.choices[0].text == steered.choices[0].text
     off = client.completions.create(
         model="any", prompt="import os\n", max_tokens=20, temperature=0, extra_body={"steer": []}
     )
@@ -107,7 +112,7 @@ def test_chat(client):
     joined = "".join(p.choices[0].delta.content or "" for p in parts)
     assert joined == whole.choices[0].message.content
     steered = client.chat.completions.create(
-        **options, extra_body={"steer": [{"latent": 7, "op": "add", "value": 8}]}
+        **options, extra_body={"steer": [{"latent": 7, "op": "add", "value": 240}]}
     )
     assert steered.choices[0].message.content != whole.choices[0].message.content
 
@@ -130,7 +135,7 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
     """Steered and not, different prompts and lengths: every answer is the one it would be alone."""
     kinds = []
     for i in range(20):
-        edit = None if i % 2 else [{"latent": i, "value": 1 + i / 5}]
+        edit = None if i % 2 else [{"latent": i, "value": 1 + i / 5, "unit": "max"}]
         kinds.append((PROMPTS[i % len(PROMPTS)], edit, 4 + i % 9))
     expected = []
     for prompt, edit, n in kinds:
