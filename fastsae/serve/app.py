@@ -25,6 +25,7 @@ from .protocol import (
     SteerRequest,
 )
 from .service import Job, Piece, RefusedError, Service
+from .text import Placed
 
 _PAGE = Path(__file__).parent.parent / "assets" / "serve.html"
 _POLL = 0.25  # seconds between looks at whether the client is still there
@@ -159,17 +160,25 @@ def create_app(
             raise RefusedError(400, f"prompt: at most {service.limits.sequences} sequences")
         # a long text takes 0.1 s, which is everybody's in the loop
         encoded = await asyncio.to_thread(lambda: [service.encode(p) for p in prompts])
-        echoes = [""] * len(prompts)
-        if body.echo:
-            echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in prompts]
+        placed: list[Placed] = []
+        if body.echo or body.scoring is not None:
+            placed = await asyncio.to_thread(
+                lambda: [service.scores.place(p, ids) for p, ids in zip(prompts, encoded)]
+            )
 
-        def choice(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            front = echoes[i // (body.n or 1)] if first else ""
-            return {"text": front + text, "index": i, "logprobs": None, "finish_reason": finish}
+        def choice(piece: Piece, first: bool) -> dict[str, Any]:
+            i = piece.index // (body.n or 1)
+            text = placed[i].text + piece.text if body.echo and first else piece.text
+            scores = None
+            if body.scoring is not None:
+                scores = service.scores.completion(placed[i], piece.prompt, piece.scores)
+            reason = _reason(piece)
+            return {"text": text, "index": piece.index, "logprobs": scores, "finish_reason": reason}
 
+        wanted = 16 if body.max_tokens is None else body.max_tokens
         return await _answer(
-            service, body, request, encoded, body.max_tokens or 16, "cmpl", "text_completion",
-            "text_completion", choice, choice,
+            service, body, request, encoded, wanted, "cmpl", "text_completion", "text_completion",
+            choice, choice,
         )  # fmt: skip
 
     @app.post("/v1/chat/completions")
@@ -177,15 +186,16 @@ def create_app(
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
         ids = await asyncio.to_thread(service.encode_chat, messages)
 
-        def whole(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            message = {"role": "assistant", "content": text}
-            return {"index": i, "message": message, "logprobs": None, "finish_reason": finish}
+        def choice(piece: Piece, name: str, said: dict[str, Any]) -> dict[str, Any]:
+            reason = _reason(piece)
+            return {"index": piece.index, name: said, "logprobs": None, "finish_reason": reason}
 
-        def delta(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            made: dict[str, Any] = {"content": text} if text or first else {}
-            if first:
-                made = {"role": "assistant", **made}
-            return {"index": i, "delta": made, "logprobs": None, "finish_reason": finish}
+        def whole(piece: Piece, first: bool) -> dict[str, Any]:
+            return choice(piece, "message", {"role": "assistant", "content": piece.text})
+
+        def delta(piece: Piece, first: bool) -> dict[str, Any]:
+            made: dict[str, Any] = {"content": piece.text} if piece.text or first else {}
+            return choice(piece, "delta", {"role": "assistant", **made} if first else made)
 
         wanted = body.max_completion_tokens or body.max_tokens or 256
         room = service.context - len(ids)
@@ -200,7 +210,7 @@ def create_app(
     return app
 
 
-_Choice = Callable[[int, str, "str | None", bool], dict[str, Any]]
+_Choice = Callable[[Piece, bool], dict[str, Any]]  # and whether it is the sequence's first
 
 
 async def _answer(
@@ -221,7 +231,9 @@ async def _answer(
         raise RefusedError(400, f"n: at most {service.limits.sequences}")
     program = service.program(body.steer)
     every = [ids for ids in prompts for _ in range(n)]
-    job = service.start(every, body, max_tokens, [program] * len(every), body.stops)
+    job = service.start(
+        every, body, max_tokens, [program] * len(every), body.stops, scoring=body.scoring
+    )
     head = {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
@@ -243,8 +255,12 @@ async def _answer(
                 if piece.error:
                     yield _sse(error_body("generation failed", "server_error"))
                     break
-                choice = part(piece.index, piece.text, _reason(piece), piece.index not in begun)
+                first = piece.index not in begun
                 begun.add(piece.index)
+                if piece.prompt is None:
+                    choice = part(piece, first)
+                else:  # naming its tokens takes as long as reading them did
+                    choice = await asyncio.to_thread(part, piece, first)
                 yield _sse({**head, "object": chunk_kind, "choices": [choice]})
             if body.wants_usage:
                 yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
@@ -252,18 +268,17 @@ async def _answer(
 
         return _Stream(events(), job.cancel)
 
-    texts, reasons = [""] * len(every), ["length"] * len(every)
+    answers = [Piece(i, "", "length") for i in range(len(every))]
     try:
         async for piece in _while_connected(request, job):
             if piece.error:
                 return _error(500, "generation failed", "server_error")
-            texts[piece.index] += piece.text
-            reasons[piece.index] = _reason(piece) or reasons[piece.index]
+            answers[piece.index].add(piece)
     except _GoneError:
         return Response(status_code=499)
     finally:
         job.cancel()
-    choices = [whole(i, text, reasons[i], True) for i, text in enumerate(texts)]
+    choices = await asyncio.to_thread(lambda: [whole(answer, True) for answer in answers])
     return JSONResponse({**head, "object": kind, "choices": choices, "usage": usage()})
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 
 from .. import steer
 from ..steer.operations import Operation
+from .engine import Scoring
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ class Generation(Sampled):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     @property
+    def scoring(self) -> Scoring | None:
+        """The log-probabilities that are asked for."""
+        return None
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -219,9 +225,15 @@ _Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_le
 
 
 class CompletionRequest(Generation):
-    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)]
+    prompt: (
+        str
+        | _Tokens
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[_Tokens], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: StrictBool | None = False
-    logprobs: None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -230,6 +242,16 @@ class CompletionRequest(Generation):
             if isinstance(text, str):
                 _encodable(text)
         return prompt
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 writes nothing, and without echo there is no answer")
+        return self
+
+    @property
+    def scoring(self) -> Scoring | None:
+        return None if self.logprobs is None else Scoring(self.logprobs, bool(self.echo))
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ from ..lm.load import EMBEDDED, EMBEDDED_MODEL
 from ..lm.tokens import TokenText, encoded, head
 from ..nn import Description
 from ..steer.operations import Operation
-from .engine import ClosedError, Engine, Event, Row, Sampling
+from .engine import ClosedError, Engine, Event, Row, Sampling, Score, Scoring
 from .protocol import Limits, Sampled, operations
-from .text import TextStream
+from .text import ScoreText, TextStream
 
 _LABELS = 6  # tokens that describe a latent
 
@@ -34,12 +35,26 @@ class RefusedError(Exception):
 
 @dataclass
 class Piece:
-    """What one sequence has next: text, or its end."""
+    """What one sequence has next: text, or its end.
+
+    Where they were asked for, `scores` has the tokens of the text, each with the character of the
+    completion that it begins at, and `prompt` those of the prompt, in the first piece.
+    """
 
     index: int
     text: str
     finish: str | None = None
     error: str | None = None
+    scores: list[tuple[Score, int]] = field(default_factory=list)
+    prompt: list[Score] | None = None
+
+    def add(self, more: Piece) -> None:
+        """What comes next of the same sequence."""
+        self.text += more.text
+        self.finish = more.finish or self.finish
+        self.scores += more.scores
+        if more.prompt is not None:
+            self.prompt = more.prompt
 
 
 @dataclass
@@ -53,6 +68,11 @@ class Job:
     prompt_tokens: int
     new_tokens: int = 0
     open: set[int] = field(default_factory=set)
+    prompts: dict[int, list[Score]] = field(default_factory=dict)  # scores not yet in a piece
+    scores: list[deque[tuple[Score, int]]] = field(init=False)  # likewise
+
+    def __post_init__(self) -> None:
+        self.scores = [deque() for _ in self.rows]
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until every sequence has ended. Leaving early frees the rows (`cancel`)."""
@@ -62,23 +82,36 @@ class Job:
             if i not in self.open:
                 continue
             text = self.texts[i]
+            if event.prompt is not None:
+                self.prompts[i] = event.prompt
+            if event.score is not None:
+                self.scores[i].append((event.score, len(text)))
             if event.token is not None:
                 self.new_tokens += 1
                 piece = text.push(event.token)
                 if text.stopped:
                     self.engine.cancel(self.rows[i])
                     self.open.discard(i)
-                    yield Piece(i, piece, "stop")
+                    yield self._piece(i, piece, "stop")
                 elif piece:
-                    yield Piece(i, piece)
-                continue
-            self.open.discard(i)
-            if event.error is not None:
+                    yield self._piece(i, piece)
+            elif event.error is not None:
+                self.open.discard(i)
                 yield Piece(i, "", error=event.error)
-            else:
+            elif event.finish is not None:
+                self.open.discard(i)
                 rest = text.end()
-                finish = "stop" if text.stopped else event.finish
-                yield Piece(i, rest, finish)
+                yield self._piece(i, rest, "stop" if text.stopped else event.finish)
+
+    def _piece(self, index: int, text: str, finish: str | None = None) -> Piece:
+        """With the tokens that begin in what has been sent; at the end with all, but for those that
+        a stop string cut off."""
+        stream, waiting = self.texts[index], self.scores[index]
+        last = finish is not None and not stream.stopped
+        found = []
+        while waiting and (last or waiting[0][1] < stream.sent):
+            found.append(waiting.popleft())
+        return Piece(index, text, finish, scores=found, prompt=self.prompts.pop(index, None))
 
     def cancel(self) -> None:
         for row in self.rows:
@@ -117,6 +150,7 @@ class Service:
         self._readout = readout
         self._labels = labels or {}
         self._token = TokenText(tokenizer)
+        self.scores = ScoreText(tokenizer)
         self._encoding = threading.Lock()
 
     # -- requests ---------------------------------------------------------------------------------
@@ -155,6 +189,7 @@ class Service:
         programs: Sequence[list[Operation] | None],
         stops: Sequence[str] = (),
         same_seed: bool = False,
+        scoring: Scoring | None = None,
     ) -> Job:
         """Raises RefusedError for what does not fit, FullError when there is no room, ClosedError
         when the engine has ended."""
@@ -197,6 +232,7 @@ class Service:
                 sampling,
                 max_tokens,
                 limits.seconds,
+                scoring,
             )
         except ValueError as error:
             raise RefusedError(400, str(error)) from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..lm.tokens import Growing
+from ..lm.tokens import Growing, TokenText, head
+from .engine import Score
 
 
 class TextStream:
@@ -29,8 +31,12 @@ class TextStream:
 
         self._growing, self._stops = Growing(decode, prompt), tuple(stops)
         self._text = ""
-        self._sent = 0
+        self.sent = 0  # characters
         self.stopped = False
+
+    def __len__(self) -> int:
+        """Characters so far, with those that are held back."""
+        return len(self._text)
 
     def push(self, token: int) -> str:
         """The text that this token completes; after a stop string nothing."""
@@ -56,11 +62,75 @@ class TextStream:
         elif final or not self._stops:
             upto = len(self._text)
         else:
-            upto = max(self._sent, len(self._text) - max(len(s) for s in self._stops) + 1)
-        piece = self._text[self._sent : upto]
-        self._sent = max(self._sent, upto)
+            upto = max(self.sent, len(self._text) - max(len(s) for s in self._stops) + 1)
+        piece = self._text[self.sent : upto]
+        self.sent = max(self.sent, upto)
         return piece
 
     def _searched(self) -> int:
         """A stop string cannot begin in what was sent."""
-        return self._sent
+        return self.sent
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A prompt's text, its tokens, and the characters that they begin at."""
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+
+
+class ScoreText:
+    """Scores of tokens as the OpenAI API writes them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._token = tokenizer, TokenText(tokenizer)
+        self._names: dict[int, str] = {}
+
+    def place(self, prompt: str | list[int], ids: list[int]) -> Placed:
+        """A prompt that was read as these tokens. A BOS that was added is none of its text."""
+
+        def decode(some: list[int]) -> str:
+            text: str = self._tokenizer.decode(some, clean_up_tokenization_spaces=False)
+            return text
+
+        bos = head(self._tokenizer)
+        added = isinstance(prompt, str) and ids[:1] == bos and not prompt.startswith(decode(bos))
+        growing, starts, text = Growing(decode), [0] if added else [], ""
+        for token in ids[len(starts) :]:
+            starts.append(len(text))
+            text += growing.push(token)
+        text = prompt if isinstance(prompt, str) else text + growing.end()
+        return Placed(text, ids, [min(start, len(text)) for start in starts])
+
+    def completion(
+        self, placed: Placed, prompt: list[Score] | None, scores: Sequence[tuple[Score, int]]
+    ) -> dict[str, list[Any]]:
+        """Of the prompt where it was scored, and of tokens that begin at characters after it."""
+        found: list[tuple[int, Score | None, int]] = []
+        if prompt is not None:
+            found = list(zip(placed.ids, [None, *prompt], placed.starts, strict=True))
+        found += [(score.token, score, len(placed.text) + start) for score, start in scores]
+        return {
+            "tokens": [self._named(token) for token, _, _ in found],
+            "token_logprobs": [score and score.logprob for _, score, _ in found],
+            "top_logprobs": [score and self._top(score) for _, score, _ in found],
+            "text_offset": [start for _, _, start in found],
+        }
+
+    def _top(self, score: Score) -> dict[str, float]:
+        """The token itself, then the likeliest ones; the second of one text is called by its id."""
+        named = {self._named(score.token): score.logprob}
+        for token, logprob in score.top:
+            if token != score.token:
+                name = self._named(token)
+                named[f"token_id:{token}" if name in named else name] = logprob
+        return named
+
+    def _named(self, token: int) -> str:
+        if token not in self._names:
+            alone = self._token.text([token])
+            bytes_only = "\ufffd" in alone  # no whole characters
+            self._names[token] = f"bytes:{self._token[token]}" if bytes_only else alone
+        return self._names[token]

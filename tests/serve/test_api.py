@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import http.client
 import json
 import re
@@ -22,7 +21,7 @@ uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy  # noqa: E402
+from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy, with_engine  # noqa: E402
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.cli.subject import load_saved  # noqa: E402
@@ -164,7 +163,7 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
     "body,status,reason",
     [
         ({"prompt": "x", "max_tokens": 97}, 400, "max_tokens"),
-        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens: 0 writes nothing"),
         ({"prompt": "x " * 200}, 400, "tokens, at most 64"),
         ({"prompt": ["a"] * 5}, 400, "at most 4 sequences"),
         ({"prompt": "x", "n": 5}, 400, "n: at most 4"),
@@ -176,7 +175,15 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
         ({}, 400, "prompt"),
         ({"prompt": "x", "temperature": 3}, 400, "temperature"),
         ({"prompt": "x", "temperature": float("nan")}, 400, "temperature"),
-        ({"prompt": "x", "logprobs": 5}, 400, "logprobs"),
+        ({"prompt": "x", "logprobs": 6}, 400, "logprobs: Input should be less than or equal to 5"),
+        ({"prompt": "x", "logprobs": -1}, 400, "logprobs"),
+        ({"prompt": "x", "logprobs": True}, 400, "logprobs"),
+        ({"prompt": [[]]}, 400, "at least 1 item"),
+        ({"prompt": [[5], [5, -1]]}, 400, "greater than or equal to 0"),
+        ({"prompt": [[5], [10**9]]}, 400, "token ids"),
+        ({"prompt": [[5], "x"]}, 400, "prompt"),
+        ({"prompt": [[5]] * 5}, 400, "at most 4 sequences"),
+        ({"prompt": [[5] * 65]}, 400, "the prompt has 65 tokens, at most 64"),
         ({"prompt": "x", "stop": ["a"] * 5}, 400, "stop"),
         ({"prompt": "x", "steer": [{"latent": 64, "value": 1}]}, 400, "whose SAE has 64"),
         ({"prompt": "x", "steer": [{"latent": 2**40, "value": 1}]}, 400, "latent"),
@@ -428,9 +435,8 @@ def test_host_header_and_token(service, server):
 
 
 def test_health_says_why_no_more_is_written(service):
-    other = copy.copy(service)
-    other.engine = engine = Engine(service.engine.model, None, rows=1)
-    server = Server(other)
+    engine = Engine(service.engine.model, None, rows=1)
+    server = Server(with_engine(service, engine))
 
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
