@@ -171,7 +171,8 @@ def create_app(
             text = placed[i].text + piece.text if body.echo and first else piece.text
             scores = None
             if body.scoring is not None:
-                scores = service.scores.completion(placed[i], piece.prompt, piece.scores)
+                after = [*piece.scores, *([piece.ending] if piece.ending else [])]
+                scores = service.scores.completion(placed[i], piece.prompt, after)
             reason = _reason(piece)
             return {"text": text, "index": piece.index, "logprobs": scores, "finish_reason": reason}
 
@@ -187,8 +188,9 @@ def create_app(
         ids = await asyncio.to_thread(service.encode_chat, messages)
 
         def choice(piece: Piece, name: str, said: dict[str, Any]) -> dict[str, Any]:
+            scores = None if body.scoring is None else service.scores.chat(piece.scores)
             reason = _reason(piece)
-            return {"index": piece.index, name: said, "logprobs": None, "finish_reason": reason}
+            return {"index": piece.index, name: said, "logprobs": scores, "finish_reason": reason}
 
         def whole(piece: Piece, first: bool) -> dict[str, Any]:
             return choice(piece, "message", {"role": "assistant", "content": piece.text})

@@ -203,7 +203,7 @@ class Generation(Sampled):
     def _refuse_unsupported(cls, data: Any) -> Any:
         for name, neutral in _UNSUPPORTED.items():
             given = data.get(name) if isinstance(data, dict) else None
-            if given is not None and given not in neutral:
+            if name not in cls.model_fields and given is not None and given not in neutral:
                 raise ValueError(f"{name}: not supported here")
         return data
 
@@ -265,29 +265,49 @@ class Part(_Model):
     type: Literal["text"]
     text: str
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _check_type(cls, kind: Any) -> Any:
+        if kind != "text":
+            raise ValueError(f"only parts of type 'text' are read here, not {str(kind)[:64]!r}")
+        return kind
+
 
 class Message(_Model):
+    """`content` is null in histories: an assistant's message may have had no text."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
-    @field_validator("content")
-    @classmethod
-    def _check_content(cls, content: Any) -> Any:
-        for part in [content] if isinstance(content, str) else [p.text for p in content]:
-            _encodable(part)
-        return content
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: only an assistant's may be null")
+        _encodable(self.text)
+        return self
 
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    @property
+    def scoring(self) -> Scoring | None:
+        return Scoring(self.top_logprobs or 0) if self.logprobs else None
 
 
 class PageRequest(Sampled):

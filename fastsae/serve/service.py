@@ -38,7 +38,8 @@ class Piece:
     """What one sequence has next: text, or its end.
 
     Where they were asked for, `scores` has the tokens of the text, each with the character of the
-    completion that it begins at, and `prompt` those of the prompt, in the first piece.
+    completion that it begins at, `prompt` those of the prompt, in the first piece, and `ending` the
+    token without text that ended the sequence.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Piece:
     error: str | None = None
     scores: list[tuple[Score, int]] = field(default_factory=list)
     prompt: list[Score] | None = None
+    ending: tuple[Score, int] | None = None
 
     def add(self, more: Piece) -> None:
         """What comes next of the same sequence."""
@@ -55,6 +57,7 @@ class Piece:
         self.scores += more.scores
         if more.prompt is not None:
             self.prompt = more.prompt
+        self.ending = more.ending or self.ending
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Job:
     open: set[int] = field(default_factory=set)
     prompts: dict[int, list[Score]] = field(default_factory=dict)  # scores not yet in a piece
     scores: list[deque[tuple[Score, int]]] = field(init=False)  # likewise
+    endings: dict[int, Score] = field(default_factory=dict)  # likewise
 
     def __post_init__(self) -> None:
         self.scores = [deque() for _ in self.rows]
@@ -84,7 +88,9 @@ class Job:
             text = self.texts[i]
             if event.prompt is not None:
                 self.prompts[i] = event.prompt
-            if event.score is not None:
+            if event.score is not None and event.token is None:
+                self.endings[i] = event.score
+            elif event.score is not None:
                 self.scores[i].append((event.score, len(text)))
             if event.token is not None:
                 self.new_tokens += 1
@@ -111,7 +117,10 @@ class Job:
         found = []
         while waiting and (last or waiting[0][1] < stream.sent):
             found.append(waiting.popleft())
-        return Piece(index, text, finish, scores=found, prompt=self.prompts.pop(index, None))
+        piece = Piece(index, text, finish, scores=found, prompt=self.prompts.pop(index, None))
+        if last and index in self.endings:
+            piece.ending = self.endings[index], len(stream)
+        return piece
 
     def cancel(self) -> None:
         for row in self.rows:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..lm.tokens import Growing, TokenText, head
 from .engine import Score
+
+_UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
 
 
 class TextStream:
@@ -86,7 +89,7 @@ class ScoreText:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._token = tokenizer, TokenText(tokenizer)
-        self._names: dict[int, str] = {}
+        self._spellings: dict[int, tuple[str, bytes | None, bool]] = {}
 
     def place(self, prompt: str | list[int], ids: list[int]) -> Placed:
         """A prompt that was read as these tokens. A BOS that was added is none of its text."""
@@ -119,6 +122,22 @@ class ScoreText:
             "text_offset": [start for _, _, start in found],
         }
 
+    def chat(self, scores: Sequence[tuple[Score, int]]) -> dict[str, Any]:
+        """Of a message's tokens."""
+        content = [
+            {
+                **self._entry(score.token, score.logprob),
+                "top_logprobs": [self._entry(token, logprob) for token, logprob in score.top],
+            }
+            for score, _ in scores
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token's text and the bytes of it; no bytes where the vocabulary does not say which."""
+        text, raw, _ = self._spelt(token)
+        return {"token": text, "logprob": logprob, "bytes": None if raw is None else list(raw)}
+
     def _top(self, score: Score) -> dict[str, float]:
         """The token itself, then the likeliest ones; the second of one text is called by its id."""
         named = {self._named(score.token): score.logprob}
@@ -129,8 +148,22 @@ class ScoreText:
         return named
 
     def _named(self, token: int) -> str:
-        if token not in self._names:
-            alone = self._token.text([token])
-            bytes_only = "\ufffd" in alone  # no whole characters
-            self._names[token] = f"bytes:{self._token[token]}" if bytes_only else alone
-        return self._names[token]
+        text, _, whole = self._spelt(token)
+        return text if whole else f"bytes:{text}"
+
+    def _spelt(self, token: int) -> tuple[str, bytes | None, bool]:
+        """Its text, its bytes where they are known, and whether they are whole characters: those
+        that are none stand in the text as `\\xf0`."""
+        if token not in self._spellings:
+            text = self._token.text([token])
+            raw: bytes | None = text.encode()
+            whole = _UNFINISHED not in text
+            if not whole:
+                text = self._token[token]
+                raw = None if _UNFINISHED in text else _unescaped(text)
+            self._spellings[token] = text, raw, whole
+        return self._spellings[token]
+
+
+def _unescaped(text: str) -> bytes:
+    return re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), text.encode())

@@ -275,7 +275,7 @@ def test_fields_that_change_nothing_are_taken(server):
     """What clients send by default, or send to no effect."""
     neutral = {
         "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [],
-        "response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": None,
+        "response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": 0,
         "functions": None, "user": "somebody", "service_tier": "auto", "store": False,
         "stream_options": None,
     }  # fmt: skip
@@ -299,9 +299,52 @@ def test_a_latent_may_be_edited_under_several_gates(server):
 
 def test_a_chat_says_which_part_is_wrong(server):
     part = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
-    body = {"messages": [{"role": "user", "content": [part]}]}
-    answer = httpx.post(server.url + "/v1/chat/completions", json=body)
-    assert answer.status_code == 400 and "'text'" in answer.json()["error"]["message"]
+    text = {"type": "text", "text": "x"}
+    for message, why in (
+        ({"role": "user", "content": [text, part]}, "only parts of type 'text' are read here"),
+        ({"role": "user", "content": [part]}, "not 'image_url'"),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "only parts of type 'text'"),
+        ({"role": "user", "content": None}, "messages.0: content: only an assistant's may be null"),
+        ({"role": "system"}, "messages.0: content: only an assistant's may be null"),
+        ({"role": "user", "content": "\ud800"}, "surrogate"),
+        ({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, "surrogate"),
+        ({"role": "tool", "content": "x"}, "'system', 'developer', 'user' or 'assistant'"),
+    ):
+        body = json.dumps({"messages": [message]})
+        answer = httpx.post(
+            server.url + "/v1/chat/completions", content=body,
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+
+
+def test_a_history_may_hold_a_message_without_text(server):
+    user = {"role": "user", "content": "import os"}
+    texts = []
+    for silent in ({"content": None}, {}, {"content": ""}, {"content": []}):
+        body = {"messages": [user, {"role": "assistant", **silent}, user], "temperature": 0}
+        answer = httpx.post(server.url + "/v1/chat/completions", json={**body, "max_tokens": 8})
+        assert answer.status_code == 200, answer.text
+        texts.append(answer.json()["choices"][0]["message"]["content"])
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    "body,reason",
+    [
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        ({"tools": [{}]}, "tools: not supported here"),
+    ],
+    ids=str,
+)
+def test_a_chat_is_refused_with_a_reason(server, body, reason):
+    ask = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    answer = httpx.post(server.url + "/v1/chat/completions", json={**ask, **body})
+    assert answer.status_code == 400 and reason in answer.json()["error"]["message"], answer.text
 
 
 def test_malformed_bodies(server):

@@ -206,6 +206,51 @@ def test_a_stream_has_the_scores_of_the_whole(server, options):
     assert nothing[0]["logprobs"]["token_logprobs"][0] is None
 
 
+@BOTH
+def test_a_chat_is_scored(client, service, written, edits, program):
+    """As the openai client reads it, whole and as a stream."""
+    options = dict(
+        model="m", messages=[{"role": "user", "content": "s = '🙂"}], max_tokens=16, seed=2,
+        logprobs=True, top_logprobs=4, extra_body={"steer": edits} if edits else {},
+    )  # fmt: skip
+    (got,) = client.chat.completions.create(**options).choices
+    content, ids = got.logprobs.content, written()[-1]
+    if ids[-1] in service.engine._eos:  # no token of the message
+        ids.pop()
+    first = len(ids) - len(content)
+    assert len(content) > 4 and got.logprobs.refusal is None
+    for said, token, there in zip(content, ids[first:], truth(service, ids, program)[first - 1 :]):
+        assert said.logprob == pytest.approx(float(there[token]), abs=2e-4)
+        best = there.topk(4)
+        assert [t.logprob for t in said.top_logprobs] == pytest.approx(
+            best.values.tolist(), abs=2e-4
+        )
+        assert all(bytes(t.bytes) for t in said.top_logprobs)
+    raw = b"".join(bytes(said.bytes) for said in content)
+    assert raw.decode("utf-8", "replace") == got.message.content
+    chunks = [c.choices[0] for c in client.chat.completions.create(**options, stream=True)]
+    assert [said for c in chunks for said in c.logprobs.content] == content
+    (bare,) = client.chat.completions.create(**{**options, "top_logprobs": 0}).choices
+    assert [said.logprob for said in bare.logprobs.content] == [said.logprob for said in content]
+    assert all(said.top_logprobs == [] for said in bare.logprobs.content)
+    (none,) = client.chat.completions.create(
+        **{**options, "logprobs": False, "top_logprobs": 0}
+    ).choices
+    assert none.logprobs is None and none.message == got.message
+
+
+def test_a_token_is_told_by_its_text_and_bytes(service):
+    names = ScoreText(service.tokenizer)
+    ids = service.tokenizer("größe 🙂", add_special_tokens=False)["input_ids"]
+    said = [names._entry(token, -1.0) for token in ids]
+    assert bytes(b for one in said for b in one["bytes"]).decode() == "größe 🙂"
+    assert [one["token"] for one in said][-4:] == ["\\xf0", "\\x9f", "\\x99", "\\x82"]
+    names._token = {7: "\ufffd"}  # a vocabulary that does not say which bytes
+    names._token = type("Unknown", (dict,), {"text": lambda self, ids: "\ufffd"})(names._token)
+    names._spellings.clear()
+    assert names._entry(7, -1.0) == {"token": "\ufffd", "logprob": -1.0, "bytes": None}
+
+
 def test_a_stop_string_cuts_tokens_off(server, service):
     body = dict(prompt="import os\n", max_tokens=40, temperature=0, logprobs=0)
     (whole,) = ask(server, **body)
