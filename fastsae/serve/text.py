@@ -92,7 +92,8 @@ class ScoreText:
         self._spellings: dict[int, tuple[str, bytes | None, bool]] = {}
 
     def place(self, prompt: str | list[int], ids: list[int]) -> Placed:
-        """A prompt that was read as these tokens. A BOS that was added is none of its text."""
+        """A prompt that was read as these tokens. A BOS that was added is none of its text; bytes
+        of a character that tokens break off belong to the completion (`TextStream`)."""
 
         def decode(some: list[int]) -> str:
             text: str = self._tokenizer.decode(some, clean_up_tokenization_spaces=False)
@@ -104,7 +105,7 @@ class ScoreText:
         for token in ids[len(starts) :]:
             starts.append(len(text))
             text += growing.push(token)
-        text = prompt if isinstance(prompt, str) else text + growing.end()
+        text = prompt if isinstance(prompt, str) else text
         return Placed(text, ids, [min(start, len(text)) for start in starts])
 
     def completion(

@@ -162,6 +162,11 @@ def test_a_prompt_may_be_scored_and_nothing_written(server, service):
     assert [c["finish_reason"] for c in [*plain, *scored]] == ["length"] * 4
     assert all(c["logprobs"] is None for c in plain)
     check(scored[0]["logprobs"], ids, truth(service, ids))
+    (empty,) = ask(server, prompt="", echo=True, max_tokens=0, logprobs=1)  # read as a BOS alone
+    assert empty["logprobs"] == {
+        "tokens": ["<|endoftext|>"], "token_logprobs": [None], "top_logprobs": [None],
+        "text_offset": [0],
+    }  # fmt: skip
     answer = httpx.post(server.url + "/v1/completions", json=body).json()
     assert answer["usage"]["completion_tokens"] == 0
 
@@ -188,6 +193,25 @@ def test_offsets_and_names_of_tokens_that_are_no_characters(server, service):
     assert tokens["text"] == "<|endoftext|>" + text
     shifted = [at + len("<|endoftext|>") for at in said["text_offset"][1:]]
     assert tokens["logprobs"]["text_offset"] == [0, *shifted]
+    torn = service.tokenizer("ok🙂", add_special_tokens=False)["input_ids"][:-1]
+    (got,) = ask(server, prompt=torn, echo=True, max_tokens=0, logprobs=0)
+    assert got["text"] == service.tokenizer.decode(torn)
+    assert got["logprobs"]["text_offset"][-3:] == [2, 2, 2]
+
+
+def test_an_offset_lies_in_the_text_however_a_tokenizer_decodes():
+    class Lowering:
+        """Writes a letter as two, so that texts are decoded to longer ones."""
+
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": [ord(c) for c in text]}
+
+        def decode(self, ids, **options):
+            return "".join(2 * chr(i) for i in ids)
+
+    assert ScoreText(Lowering()).place("abc", [97, 98, 99]).starts == [0, 2, 3]
 
 
 @pytest.mark.parametrize("options", [{}, {"echo": True}, {"stop": ["\n", "(", "."]}], ids=str)
@@ -266,17 +290,19 @@ def test_a_stop_string_cuts_tokens_off(server, service):
 
 def test_the_token_that_ends_a_text_is_scored_and_not_written(service):
     """A harness leaves the last score out, as that of the one token it had to ask for."""
-    engine = Engine(service.engine.model, None, eos=range(4096))
+    ids = service.encode("import os\n")
+    first = int(truth(service, ids)[-1].argmax())
+    ids += [first, int(truth(service, [*ids, first])[-1].argmax())]
+    engine = Engine(service.engine.model, None, eos=set(range(4096)) - {first})
     server = Server(with_engine(service, engine))
     try:
-        ids = service.encode("import os\n")
-        (got,) = ask(
-            server, prompt="import os\n", echo=True, max_tokens=1, logprobs=1, temperature=0
-        )
-        assert got["text"] == "import os\n" and got["finish_reason"] == "stop"
-        expected = truth(service, ids)
-        check(got["logprobs"], [*ids, int(expected[-1].argmax())], expected)
-        assert got["logprobs"]["text_offset"][-1] == len("import os\n")
+        body = dict(echo=True, logprobs=1, temperature=0)
+        for prompt, tokens in ((ids[:-2], 2), (ids[:-1], 1)):
+            (got,) = ask(server, prompt=prompt, max_tokens=tokens, **body)
+            assert got["text"] == service.tokenizer.decode(ids[:-1])
+            assert got["finish_reason"] == "stop"
+            check(got["logprobs"], ids, truth(service, ids))
+            assert got["logprobs"]["text_offset"][-1] == len(got["text"])
     finally:
         server.stop()
         engine.close()
@@ -399,7 +425,7 @@ def test_scores_are_numbers_whatever_the_logits():
         logits[0, 3] = value
         for token in (3, 4):
             (score,) = scores(logits, torch.tensor([token]), 8)
-            assert all(math.isfinite(p) for p in [score.logprob, *(p for _, p in score.top)])
+            assert all(-9999.0 <= p <= 0.0 for p in [score.logprob, *(p for _, p in score.top)])
     (score,) = scores(torch.full((1, 8), math.nan), torch.tensor([0]), 20)
     assert score.logprob == pytest.approx(-math.log(8)) and len(score.top) == 8
 
