@@ -23,6 +23,7 @@ from .protocol import (
     Generation,
     PageRequest,
     SteerRequest,
+    told,
 )
 from .service import Job, Piece, RefusedError, Service
 from .text import Placed
@@ -41,12 +42,7 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # of a union's branches the one whose type is right says what is wrong
-        errors = error.errors()
-        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
-        where = ".".join(str(p) for p in first.get("loc", ())[1:])
-        why = str(first.get("msg")).removeprefix("Value error, ")
-        return _error(400, f"{where}: {why}" if where else why)
+        return _error(400, told(error.errors(), skip=1))
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
@@ -231,7 +227,7 @@ async def _answer(
     n = body.n or 1
     if n > service.limits.sequences:
         raise RefusedError(400, f"n: at most {service.limits.sequences}")
-    program = service.program(body.steer)
+    program = service.program(service.steer if body.steer is None else body.steer)
     every = [ids for ids in prompts for _ in range(n)]
     job = service.start(
         every, body, max_tokens, [program] * len(every), body.stops, scoring=body.scoring

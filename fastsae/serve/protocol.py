@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,8 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
+    TypeAdapter,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -145,6 +148,28 @@ def _once_each(program: list[Edit]) -> list[Edit]:
 
 
 Program = Annotated[list[Edit], Field(max_length=MAX_OPS), AfterValidator(_once_each)]
+
+
+def read_program(text: str) -> list[Edit]:
+    """From JSON.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    try:
+        program: list[Edit] = TypeAdapter(Program).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(told(error.errors())) from error
+    return program
+
+
+def told(errors: Sequence[Any], skip: int = 0) -> str:
+    """What pydantic found, by its first error: where, less so many steps, and why."""
+    # of a union's branches the one whose type is right says what is wrong
+    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
+    where = ".".join(str(p) for p in first.get("loc", ())[skip:])
+    why = str(first.get("msg")).removeprefix("Value error, ")
+    return f"{where}: {why}" if where else why
 
 
 def operations(program: list[Edit] | None) -> list[Operation] | None:

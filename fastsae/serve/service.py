@@ -19,7 +19,7 @@ from ..lm.tokens import TokenText, encoded, head
 from ..nn import Description
 from ..steer.operations import Operation
 from .engine import ClosedError, Engine, Event, Row, Sampling, Score, Scoring
-from .protocol import Limits, Sampled, operations
+from .protocol import Edit, Limits, Sampled, operations
 from .text import ScoreText, TextStream
 
 _LABELS = 6  # tokens that describe a latent
@@ -138,6 +138,9 @@ class Service:
         readout: [D, V], what each dimension of the site adds to the logits, or None.
         labels: what is known of some latents, e.g. from a quickstart's report: index -> tokens.
         model_id: what the OpenAI API calls the model; the name when it is empty.
+
+    Attributes:
+        steer: edits for requests of the OpenAI API that name none.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Service:
         self.name, self.tokenizer, self.engine, self.sae = name, tokenizer, engine, sae
         self.limits, self.context, self.site = limits, context, site
         self.model_id = model_id or name
+        self.steer: list[Edit] | None = None
         self._readout = readout
         self._labels = labels or {}
         self._token = TokenText(tokenizer)
@@ -248,7 +252,8 @@ class Service:
         texts = [TextStream(self.tokenizer, stops, prompt) for prompt in prompts]
         return Job(self.engine, rows, texts, events, sum(map(len, prompts)))
 
-    def program(self, edits: Any) -> list[Operation] | None:
+    def program(self, edits: list[Edit] | None) -> list[Operation] | None:
+        """Raises RefusedError when the edits do not fit."""
         try:
             program = operations(edits)
             self.engine.check(program)
