@@ -61,11 +61,24 @@ def test_completions(client, service):
     assert off.choices[0].text == plain.choices[0].text
 
 
-def test_the_docs_example_runs(server, capsys):
+def test_the_docs_examples_run(server, client, capsys):
     page = (ROOT / "docs" / "serving.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    exec(block.replace("8000", str(server.port)).replace("1797", "5"), {})
-    assert capsys.readouterr().out.strip()
+    page = page.replace("8000", str(server.port)).replace("1797", "5")
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        exec(block, names)
+        assert capsys.readouterr().out.strip()
+    (curl,) = re.findall(r"^curl (\S+) .* -d '(.*?)'$", page, re.DOTALL | re.MULTILINE)
+    answer = httpx.post(curl[0], json=json.loads(curl[1]))
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+    (default,) = re.findall(r"serve --steer '(.*?)'", page)
+    asked = dict(model="m", prompt="import os\n", max_tokens=0, echo=True, logprobs=0)
+    scores = [
+        client.completions.create(**asked, extra_body={"steer": edits}).choices[0].logprobs
+        for edits in (json.loads(default), [])
+    ]
+    assert len(blocks) == 2 and scores[0].token_logprobs != scores[1].token_logprobs
 
 
 def test_several_prompts_n_echo_and_stop(client):
