@@ -40,6 +40,9 @@ def serve(
     prompt_tokens: int = typer.Option(1024, min=1, help="Longest prompt."),
     new_tokens: int = typer.Option(512, min=1, help="Most tokens a sequence may have written."),
     seconds: float = typer.Option(120.0, min=0.1, help="Time limit of a sequence."),
+    steer: str | None = typer.Option(
+        None, help="Edits in JSON, as in `steer` of a request, for requests of /v1 without any."
+    ),
 ) -> None:
     """Serve the model with its latents on sliders: a chat page, and /v1 for OpenAI clients.
 
@@ -54,13 +57,18 @@ def serve(
         from ..serve.app import create_app
         from ..serve.connections import Impatient
         from ..serve.guard import LOOPBACK
-        from ..serve.protocol import Limits
+        from ..serve.protocol import Limits, read_program
+        from ..serve.service import RefusedError
     except ImportError as error:
         fail_missing(error)
     if token is None and _TOKEN in os.environ:  # typer takes an empty variable for none
         fail(f"{_TOKEN} is set and empty: unset it to serve without a token")
     if token is not None and not (token and all("!" <= c <= "~" for c in token)):
         fail("--token must be printable ASCII without spaces")
+    try:
+        edits = None if steer is None else read_program(steer)
+    except ValueError as error:
+        fail(f"--steer: {error}")
     listening = bound(host, port)
     port = listening.getsockname()[1]
     limits = Limits(
@@ -68,11 +76,19 @@ def serve(
         seconds=seconds,
     )  # fmt: skip
     service = load_service(load_saved(sae, model, layer, hook, device, any_model), limits)
+    service.steer = edits
+    try:
+        service.program(edits)
+    except RefusedError as error:
+        service.engine.close()
+        fail(f"--steer: {str(error).removeprefix('steer: ')}")
     local = host in _LOCAL
     app = create_app(service, token=token, hosts=LOOPBACK if local else None)
     if not local and token is None:
         typer.echo(f"anyone who reaches {host} can use this server: --token limits that", err=True)
     typer.echo(f"{service.name} at {address(host, port, '/', token)}")
+    if edits:
+        typer.echo(f"requests of /v1 without a steer field: {steer}")
     typer.echo(f"OpenAI clients: base_url {address(host, port, '/v1')}   (stop with Ctrl+C)")
 
     class Server(uvicorn.Server):
@@ -124,7 +140,7 @@ def load_service(saved: Saved, limits: Limits) -> Service:
     from ..lm.readout import logit_effect
     from ..serve.engine import Engine
     from ..serve.protocol import MAX_OPS
-    from ..serve.service import Service, labels_of
+    from ..serve.service import Service, labels_of, model_id
     from ..steer import attach, describe
 
     trained, device = saved.sae, saved.device
@@ -165,4 +181,5 @@ def load_service(saved: Saved, limits: Limits) -> Service:
         int(getattr(config, "max_position_embeddings", 1 << 30)),
         labels_of(saved.folder.parent / "report.json"),
         subject.site,
+        model_id(subject.origin.model),
     )

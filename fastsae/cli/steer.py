@@ -22,7 +22,7 @@ def steer(
     model: str | None = MODEL,
     layer: int | None = typer.Option(None, help="Block whose output is edited, from 0."),
     hook: str | None = typer.Option(None, help="Dotted path of a module instead of --layer."),
-    unit: str = typer.Option("max", help="max: times the latent's maximum activation; raw."),
+    unit: str = typer.Option("raw", help="raw, or max: times the latent's maximum activation."),
     tokens: int = typer.Option(64, min=1, help="Tokens to generate."),
     temperature: float = typer.Option(0.8, min=0.0, help="0: the likeliest token every time."),
     seed: int = typer.Option(0, help="Of the sampling."),
@@ -57,6 +57,7 @@ def steer(
             )
         steerer = attach(subject.model, describe(trained, statistics), hook=subject.site)
         program = [clamp(feature, strength, unit=unit)]
+        largest = None if statistics is None else float(statistics.values[feature])
         with steerer.steer([None, program]):
             _show(
                 subject,
@@ -65,10 +66,18 @@ def steer(
                 tokens,
                 temperature,
                 seed,
-                f"latent {feature} at {strength:g} {unit}",
+                f"latent {feature} at {_amount(strength, unit, largest)}",
             )
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
+
+
+def _amount(strength: float, unit: str, largest: float | None) -> str:
+    """A strength as it is and in the latent's maximum activation, where that is known."""
+    if largest is None or largest <= 0:
+        return f"{strength:g}"
+    raw, times = (strength * largest, strength) if unit == "max" else (strength, strength / largest)
+    return f"{raw:.4g}, {times:.3g} times its maximum"
 
 
 def _show(

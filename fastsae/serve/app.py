@@ -23,8 +23,10 @@ from .protocol import (
     Generation,
     PageRequest,
     SteerRequest,
+    told,
 )
 from .service import Job, Piece, RefusedError, Service
+from .text import Placed
 
 _PAGE = Path(__file__).parent.parent / "assets" / "serve.html"
 _POLL = 0.25  # seconds between looks at whether the client is still there
@@ -40,12 +42,7 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # of a union's branches the one whose type is right says what is wrong
-        errors = error.errors()
-        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
-        where = ".".join(str(p) for p in first.get("loc", ())[1:])
-        why = str(first.get("msg")).removeprefix("Value error, ")
-        return _error(400, f"{where}: {why}" if where else why)
+        return _error(400, told(error.errors(), skip=1))
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
@@ -133,17 +130,24 @@ def create_app(
         chats[name].change(1, service.program(body.steer))
         return {"ok": True}
 
+    @app.get("/health")
+    async def health() -> Response:
+        why = service.engine.ended
+        if why is not None:
+            return JSONResponse({"status": "failed", "reason": why}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
     # -- the OpenAI API ---------------------------------------------------------------------------
 
     @app.get("/v1/models")
     async def models() -> Any:
-        return {"object": "list", "data": [_model(service.name)]}
+        return {"object": "list", "data": [service.model()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
-        if name != service.name:
-            raise RefusedError(404, f"the model here is {service.name}")
-        return _model(service.name)
+        if name != service.model_id:
+            raise RefusedError(404, f"the model here is {service.model_id}")
+        return service.model()
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -152,17 +156,26 @@ def create_app(
             raise RefusedError(400, f"prompt: at most {service.limits.sequences} sequences")
         # a long text takes 0.1 s, which is everybody's in the loop
         encoded = await asyncio.to_thread(lambda: [service.encode(p) for p in prompts])
-        echoes = [""] * len(prompts)
-        if body.echo:
-            echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in prompts]
+        placed: list[Placed] = []
+        if body.echo or body.scoring is not None:
+            placed = await asyncio.to_thread(
+                lambda: [service.scores.place(p, ids) for p, ids in zip(prompts, encoded)]
+            )
 
-        def choice(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            front = echoes[i // (body.n or 1)] if first else ""
-            return {"text": front + text, "index": i, "logprobs": None, "finish_reason": finish}
+        def choice(piece: Piece, first: bool) -> dict[str, Any]:
+            i = piece.index // (body.n or 1)
+            text = placed[i].text + piece.text if body.echo and first else piece.text
+            scores = None
+            if body.scoring is not None:
+                after = [*piece.scores, *([piece.ending] if piece.ending else [])]
+                scores = service.scores.completion(placed[i], piece.prompt, after)
+            reason = _reason(piece)
+            return {"text": text, "index": piece.index, "logprobs": scores, "finish_reason": reason}
 
+        wanted = 16 if body.max_tokens is None else body.max_tokens
         return await _answer(
-            service, body, request, encoded, body.max_tokens or 16, "cmpl", "text_completion",
-            "text_completion", choice, choice,
+            service, body, request, encoded, wanted, "cmpl", "text_completion", "text_completion",
+            choice, choice,
         )  # fmt: skip
 
     @app.post("/v1/chat/completions")
@@ -170,15 +183,17 @@ def create_app(
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
         ids = await asyncio.to_thread(service.encode_chat, messages)
 
-        def whole(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            message = {"role": "assistant", "content": text}
-            return {"index": i, "message": message, "logprobs": None, "finish_reason": finish}
+        def choice(piece: Piece, name: str, said: dict[str, Any]) -> dict[str, Any]:
+            scores = None if body.scoring is None else service.scores.chat(piece.scores)
+            reason = _reason(piece)
+            return {"index": piece.index, name: said, "logprobs": scores, "finish_reason": reason}
 
-        def delta(i: int, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-            made: dict[str, Any] = {"content": text} if text or first else {}
-            if first:
-                made = {"role": "assistant", **made}
-            return {"index": i, "delta": made, "logprobs": None, "finish_reason": finish}
+        def whole(piece: Piece, first: bool) -> dict[str, Any]:
+            return choice(piece, "message", {"role": "assistant", "content": piece.text})
+
+        def delta(piece: Piece, first: bool) -> dict[str, Any]:
+            made: dict[str, Any] = {"content": piece.text} if piece.text or first else {}
+            return choice(piece, "delta", {"role": "assistant", **made} if first else made)
 
         wanted = body.max_completion_tokens or body.max_tokens or 256
         room = service.context - len(ids)
@@ -193,7 +208,7 @@ def create_app(
     return app
 
 
-_Choice = Callable[[int, str, "str | None", bool], dict[str, Any]]
+_Choice = Callable[[Piece, bool], dict[str, Any]]  # and whether it is the sequence's first
 
 
 async def _answer(
@@ -212,13 +227,15 @@ async def _answer(
     n = body.n or 1
     if n > service.limits.sequences:
         raise RefusedError(400, f"n: at most {service.limits.sequences}")
-    program = service.program(body.steer)
+    program = service.program(service.steer if body.steer is None else body.steer)
     every = [ids for ids in prompts for _ in range(n)]
-    job = service.start(every, body, max_tokens, [program] * len(every), body.stops)
+    job = service.start(
+        every, body, max_tokens, [program] * len(every), body.stops, scoring=body.scoring
+    )
     head = {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": service.model_id,
     }
 
     def usage() -> dict[str, int]:
@@ -236,8 +253,12 @@ async def _answer(
                 if piece.error:
                     yield _sse(error_body("generation failed", "server_error"))
                     break
-                choice = part(piece.index, piece.text, _reason(piece), piece.index not in begun)
+                first = piece.index not in begun
                 begun.add(piece.index)
+                if piece.prompt is None:
+                    choice = part(piece, first)
+                else:  # naming its tokens takes as long as reading them did
+                    choice = await asyncio.to_thread(part, piece, first)
                 yield _sse({**head, "object": chunk_kind, "choices": [choice]})
             if body.wants_usage:
                 yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
@@ -245,18 +266,17 @@ async def _answer(
 
         return _Stream(events(), job.cancel)
 
-    texts, reasons = [""] * len(every), ["length"] * len(every)
+    answers = [Piece(i, "", "length") for i in range(len(every))]
     try:
         async for piece in _while_connected(request, job):
             if piece.error:
                 return _error(500, "generation failed", "server_error")
-            texts[piece.index] += piece.text
-            reasons[piece.index] = _reason(piece) or reasons[piece.index]
+            answers[piece.index].add(piece)
     except _GoneError:
         return Response(status_code=499)
     finally:
         job.cancel()
-    choices = [whole(i, text, reasons[i], True) for i, text in enumerate(texts)]
+    choices = await asyncio.to_thread(lambda: [whole(answer, True) for answer in answers])
     return JSONResponse({**head, "object": kind, "choices": choices, "usage": usage()})
 
 
@@ -294,10 +314,6 @@ async def _while_connected(request: Request, job: Job) -> AsyncIterator[Piece]:
 def _reason(piece: Piece) -> str | None:
     """A time limit is the length that there was time for."""
     return "length" if piece.finish in (TIME, CANCELLED) else piece.finish
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "fastsae"}
 
 
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from ..steer import Steerer, scale
 from ..steer.operations import Operation
 
 LENGTH, STOP, TIME, CANCELLED = "length", "stop", "time", "cancelled"
+_BLOCK = 1 << 24  # logits whose softmax is made at a time
+_UNLIKELY = -9999.0  # OpenAI's logarithm of no probability; JSON has no infinity
 _FAR = 0.25  # of the way from the likeliest token to the least likely one
 
 
@@ -59,12 +61,40 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Log-probabilities of tokens, of the model's own distribution: at temperature 1, whole.
+
+    Attributes:
+        top: the likeliest tokens that are told beside each one.
+        prompt: the prompt's tokens are scored too, from the second on.
+    """
+
+    top: int = 0
+    prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """A token's log-probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Event:
-    """A token, or the end of a sequence: its reason, or what went wrong."""
+    """A token, or the end of a sequence: its reason, or what went wrong.
+
+    Where they were asked for, `prompt` has the prompt's scores, in an event before the first token,
+    and `score` that of the token. The token that ends a sequence is told by its score alone.
+    """
 
     token: int | None = None
     finish: str | None = None
     error: str | None = None
+    score: Score | None = None
+    prompt: list[Score] | None = None
 
 
 @dataclass(eq=False)
@@ -77,6 +107,7 @@ class Row:
     max_tokens: int
     deadline: float  # of time.monotonic
     emit: Callable[[Event], None]  # called in the engine's thread
+    scoring: Scoring | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     generated: list[int] = field(default_factory=list)
     cancelled: bool = False
@@ -140,15 +171,17 @@ class Engine:
         sampling: Sampling | None = None,
         max_tokens: int = 64,
         seconds: float = 120.0,
+        scoring: Scoring | None = None,
     ) -> Row:
-        """Adds a sequence; `emit` gets its tokens and then one end.
+        """Adds a sequence; `emit` gets its tokens and then one end. No tokens: it is only read.
 
         Raises:
             FullError: no room to wait.
             ClosedError: the engine was closed or has failed.
             ValueError: the prompt is empty, or the program does not fit the SAE.
         """
-        return self.submit_all([(prompt, emit, program)], sampling, max_tokens, seconds)[0]
+        sequence = (prompt, emit, program)
+        return self.submit_all([sequence], sampling, max_tokens, seconds, scoring)[0]
 
     def submit_all(
         self,
@@ -158,6 +191,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None,
         max_tokens: int,
         seconds: float,
+        scoring: Scoring | None = None,
     ) -> list[Row]:
         """All of them or none."""
         if sampling is None or isinstance(sampling, Sampling):
@@ -168,8 +202,9 @@ class Engine:
                 raise ValueError("the prompt is empty")
             self.check(program)
             row = Row(
-                list(prompt), program or None, how, max_tokens, time.monotonic() + seconds, emit
-            )
+                list(prompt), program or None, how, max_tokens, time.monotonic() + seconds, emit,
+                scoring,
+            )  # fmt: skip
             row.generator.manual_seed(how.seed)
             rows.append(row)
         with self._wake:
@@ -204,6 +239,13 @@ class Engine:
     def load(self) -> int:
         """Sequences that wait or run."""
         return len(self._open)
+
+    @property
+    def ended(self) -> str | None:
+        """Why no more sequences are taken; None while they are."""
+        if self.failure is not None:
+            return self.failure
+        return "the server is shutting down" if self._closed else None
 
     def rehearse(self, seconds: float = 600.0) -> None:
         """Has two short texts written in one batch, one longer than the other, which leaves first,
@@ -301,12 +343,18 @@ class Engine:
         if self._live:
             self._step()
         new = self._admitted()
-        if new:
-            self._join(new)
+        together = [row for row in new if not _alone(row)]
+        for rows in (together, [row for row in new if _alone(row)]):
+            if rows:
+                self._join(rows)
 
     def _admitted(self) -> list[Row]:
-        """Rows that there is room for; those that wait no longer end, room or none."""
+        """Rows that there is room for; those that wait no longer end, room or none.
+
+        One of those read alone at a time: the batch's next token comes between two of them.
+        """
         new: list[Row] = []
+        alone = False
         over: list[tuple[Row, str]] = []
         with self._wake:
             kept: deque[Row] = deque()
@@ -314,8 +362,9 @@ class Engine:
                 why = self._over(row)
                 if why is not None:
                     over.append((row, why))
-                elif len(self._live) + len(new) < self.rows:
+                elif len(self._live) + len(new) < self.rows and not (alone and _alone(row)):
                     new.append(row)
+                    alone |= _alone(row)
                 else:
                     kept.append(row)
             self._waiting = kept
@@ -372,7 +421,11 @@ class Engine:
             layer.values = layer.values[at, :, first:]
 
     def _join(self, new: list[Row]) -> None:
-        """Reads the prompts of new rows, takes their first token and puts them into the batch."""
+        """Reads the prompts of new rows, takes their first token and puts them into the batch.
+
+        A row that is read alone has its prompt scored, and may want no token.
+        """
+        scoring = new[0].scoring if _alone(new[0]) else None
         longest = max(len(row.prompt) for row in new)
         try:
             from transformers import DynamicCache
@@ -383,15 +436,21 @@ class Engine:
             for i, row in enumerate(new):
                 ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
                 mask[i, longest - len(row.prompt) :] = 1
-            mask = mask.to(self._device)
-            logits = self._forward(
-                new, ids.to(self._device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache
-            )
+            ids, mask = ids.to(self._device), mask.to(self._device)
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = self._forward(new, ids, mask, position, cache, scoring is not None)
+            if scoring is not None:
+                found = scores(logits[0, :-1], ids[0, 1:], scoring.top)
+                self._tell(new[0], Event(prompt=found))
+                logits = logits[:, -1]
         except Exception as error:  # of the new rows only: the batch has not been touched
             if is_device_lost(error):
                 raise
             for row in new:
                 self._finish(row, Event(error=_told(error)))
+            return
+        if new[0].max_tokens == 0:
+            self._finish(new[0], Event(finish=LENGTH))
             return
         old, self._live = self._live, [*self._live, *new]
         if old:
@@ -423,19 +482,20 @@ class Engine:
         mask: torch.Tensor,
         position: torch.Tensor,
         cache: Any,
+        whole: bool = False,
     ) -> torch.Tensor:
-        """Logits [B, V] of the last column."""
+        """Logits [B, V] of the last column, or [B, T, V] of them all."""
         self._put_in_force([row.program for row in rows])
         out = self.model(
             input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-            **{self._cache_name: cache}, **self._last_only,
+            **{self._cache_name: cache}, **({} if whole else self._last_only),
         )  # fmt: skip
         if not _holds(cache, *mask.shape):
             raise NotImplementedError(
                 "its cache does not hold keys and values of every token (a state-space, recurrent "
                 "or hybrid model?), so sequences cannot join and leave a batch"
             )
-        return out.logits[:, -1].float()
+        return out.logits if whole else out.logits[:, -1]
 
     def _put_in_force(self, programs: list[Sequence[Operation] | None]) -> None:
         """The steerer's tables are written when a row comes, goes or changes its program."""
@@ -452,10 +512,24 @@ class Engine:
         self._in_force = programs
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> None:
-        for row, token in zip(rows, sample(logits, rows), strict=True):
+        tokens = sample(logits, rows)
+        asked = {i: row.scoring.top for i, row in enumerate(rows) if row.scoring is not None}
+        found: dict[int, Score] = {}
+        if asked:
+            chosen = torch.tensor([tokens[i] for i in asked], device=logits.device)
+            made = scores(logits[list(asked)], chosen, max(asked.values()))
+            for (i, top), score in zip(asked.items(), made, strict=True):
+                found[i] = replace(score, top=score.top[:top])
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.generated.append(token)
-            if token not in self._eos and not row.cancelled:
-                self._tell(row, Event(token=token))
+            event = Event(None if token in self._eos else token, score=found.get(i))
+            if event != Event() and not row.cancelled:
+                self._tell(row, event)
+
+
+def _alone(row: Row) -> bool:
+    """Whether a prompt is read in no batch: where its logits are all wanted, or none."""
+    return row.max_tokens == 0 or (row.scoring is not None and row.scoring.prompt)
 
 
 def _holds(cache: Any, rows: int, length: int) -> bool:
@@ -482,10 +556,29 @@ def _widened(tensor: torch.Tensor, width: int, axis: int) -> torch.Tensor:
     return torch.cat([tensor.new_zeros(shape), tensor], axis)
 
 
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """An edit far out of range may leave NaN: such a token is as good as any, and no error."""
+    return logits.float().nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30)
+
+
+def scores(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[Score]:
+    """Of tokens [N] under logits [N, V]; the softmax is made of some rows at a time."""
+    found: list[Score] = []
+    rows = max(1, _BLOCK // logits.shape[-1])
+    for start in range(0, len(tokens), rows):
+        part = _finite(logits[start : start + rows]).log_softmax(-1).clamp(min=_UNLIKELY)
+        here = tokens[start : start + rows]
+        own = part.gather(1, here[:, None])[:, 0].tolist()
+        best = part.topk(min(top, part.shape[-1]))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for token, logprob, (indices, values) in zip(here.tolist(), own, likeliest, strict=True):
+            found.append(Score(token, logprob, list(zip(indices, values, strict=True))))
+    return found
+
+
 def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     """A token for each row of logits [B, V], by the row's own sampling and generator."""
-    # an edit far out of range may leave NaN: such a token is as good as any, and never an error
-    logits = logits.nan_to_num(nan=-1e30, posinf=1e30, neginf=-1e30)
+    logits = _finite(logits)
     chosen = logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:

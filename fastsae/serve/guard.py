@@ -10,6 +10,7 @@ from typing import Any
 from .protocol import Limits
 
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "[::1]"))
+_OPEN = frozenset(("/", "/health"))  # paths that need no token
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> Any:
@@ -22,7 +23,7 @@ class Guard:
 
     `hosts`: names that the Host header may have (a page elsewhere could otherwise reach a local
     server through a name that it points here), or None for any. `token`: bearer token of everything
-    but the page itself, compared in constant time.
+    but the page itself and `/health`, compared in constant time.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Guard:
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
             if name not in self.hosts:
                 return 403, "the Host header names another server"
-        if self.token is not None and scope["path"] != "/":
+        if self.token is not None and scope["path"] not in _OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
                 return 401, "a bearer token is needed, and this is not it"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     StrictBool,
     StringConstraints,
+    TypeAdapter,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
 from .. import steer
 from ..steer.operations import Operation
+from .engine import Scoring
 
 
 @dataclass(frozen=True)
@@ -78,25 +83,40 @@ class _Model(BaseModel):
         return data
 
 
-class When(BaseModel):
-    """Acts only where this latent's activation exceeds `above`."""
+class _Strict(BaseModel):
+    """Of an edit: a misspelt one must not steer with a default."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_names(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            meant = _COMMAND_LINE.get(name)
+            if meant in cls.model_fields:
+                raise ValueError(f"{name}: not known here; {meant} is")
+        return data
+
+
+# What `fastsae steer` calls an edit's fields.
+_COMMAND_LINE = {"feature": "latent", "strength": "value", "operation": "op"}
+
+
+class When(_Strict):
+    """Acts only where this latent's activation exceeds `above`."""
 
     latent: Latent
     above: Finite = 0.0
     unit: Unit = "raw"
 
 
-class Edit(BaseModel):
+class Edit(_Strict):
     """One operation of `fastsae.steer` on a latent."""
-
-    model_config = ConfigDict(extra="forbid")  # a misspelt edit must not steer with a default
 
     latent: Latent
     op: Literal["clamp", "min_clamp", "scale", "ablate", "add"] = "clamp"
     value: Finite | None = None
-    unit: Unit = "max"
+    unit: Unit = "raw"
     when: When | None = None
 
     def operation(self) -> Operation:
@@ -114,7 +134,42 @@ class Edit(BaseModel):
         return make(self.latent, self.value, self.unit, when)
 
 
-Program = Annotated[list[Edit], Field(max_length=MAX_OPS)]
+def _once_each(program: list[Edit]) -> list[Edit]:
+    """Two edits of a latent would be summed, which nobody means who writes a program down."""
+    seen: list[tuple[int, When | None]] = []
+    for edit in program:
+        if (edit.latent, edit.when) in seen:
+            raise ValueError(
+                f"latent {edit.latent} is edited twice under the same gate; "
+                "one edit for each latent and gate"
+            )
+        seen.append((edit.latent, edit.when))
+    return program
+
+
+Program = Annotated[list[Edit], Field(max_length=MAX_OPS), AfterValidator(_once_each)]
+
+
+def read_program(text: str) -> list[Edit]:
+    """From JSON.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    try:
+        program: list[Edit] = TypeAdapter(Program).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(told(error.errors())) from error
+    return program
+
+
+def told(errors: Sequence[Any], skip: int = 0) -> str:
+    """What pydantic found, by its first error: where, less so many steps, and why."""
+    # of a union's branches the one whose type is right says what is wrong
+    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
+    where = ".".join(str(p) for p in first.get("loc", ())[skip:])
+    why = str(first.get("msg")).removeprefix("Value error, ")
+    return f"{where}: {why}" if where else why
 
 
 def operations(program: list[Edit] | None) -> list[Operation] | None:
@@ -173,13 +228,18 @@ class Generation(Sampled):
     def _refuse_unsupported(cls, data: Any) -> Any:
         for name, neutral in _UNSUPPORTED.items():
             given = data.get(name) if isinstance(data, dict) else None
-            if given is not None and given not in neutral:
+            if name not in cls.model_fields and given is not None and given not in neutral:
                 raise ValueError(f"{name}: not supported here")
         return data
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """The log-probabilities that are asked for."""
+        return None
 
     @property
     def wants_usage(self) -> bool:
@@ -190,9 +250,15 @@ _Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_le
 
 
 class CompletionRequest(Generation):
-    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)]
+    prompt: (
+        str
+        | _Tokens
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[_Tokens], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: StrictBool | None = False
-    logprobs: None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=5)] | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -201,6 +267,16 @@ class CompletionRequest(Generation):
             if isinstance(text, str):
                 _encodable(text)
         return prompt
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 writes nothing, and without echo there is no answer")
+        return self
+
+    @property
+    def scoring(self) -> Scoring | None:
+        return None if self.logprobs is None else Scoring(self.logprobs, bool(self.echo))
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -214,29 +290,49 @@ class Part(_Model):
     type: Literal["text"]
     text: str
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _check_type(cls, kind: Any) -> Any:
+        if kind != "text":
+            raise ValueError(f"only parts of type 'text' are read here, not {str(kind)[:64]!r}")
+        return kind
+
 
 class Message(_Model):
+    """`content` is null in histories: an assistant's message may have had no text."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
-    @field_validator("content")
-    @classmethod
-    def _check_content(cls, content: Any) -> Any:
-        for part in [content] if isinstance(content, str) else [p.text for p in content]:
-            _encodable(part)
-        return content
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: only an assistant's may be null")
+        _encodable(self.text)
+        return self
 
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
+    @property
+    def scoring(self) -> Scoring | None:
+        return Scoring(self.top_logprobs or 0) if self.logprobs else None
 
 
 class PageRequest(Sampled):

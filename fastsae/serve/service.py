@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 
+from ..lm.load import EMBEDDED, EMBEDDED_MODEL
 from ..lm.tokens import TokenText, encoded, head
 from ..nn import Description
 from ..steer.operations import Operation
-from .engine import ClosedError, Engine, Event, Row, Sampling
-from .protocol import Limits, Sampled, operations
-from .text import TextStream
+from .engine import ClosedError, Engine, Event, Row, Sampling, Score, Scoring
+from .protocol import Edit, Limits, Sampled, operations
+from .text import ScoreText, TextStream
 
 _LABELS = 6  # tokens that describe a latent
 
@@ -33,12 +35,29 @@ class RefusedError(Exception):
 
 @dataclass
 class Piece:
-    """What one sequence has next: text, or its end."""
+    """What one sequence has next: text, or its end.
+
+    Where they were asked for, `scores` has the tokens of the text, each with the character of the
+    completion that it begins at, `prompt` those of the prompt, in the first piece, and `ending` the
+    token without text that ended the sequence.
+    """
 
     index: int
     text: str
     finish: str | None = None
     error: str | None = None
+    scores: list[tuple[Score, int]] = field(default_factory=list)
+    prompt: list[Score] | None = None
+    ending: tuple[Score, int] | None = None
+
+    def add(self, more: Piece) -> None:
+        """What comes next of the same sequence."""
+        self.text += more.text
+        self.finish = more.finish or self.finish
+        self.scores += more.scores
+        if more.prompt is not None:
+            self.prompt = more.prompt
+        self.ending = more.ending or self.ending
 
 
 @dataclass
@@ -52,6 +71,12 @@ class Job:
     prompt_tokens: int
     new_tokens: int = 0
     open: set[int] = field(default_factory=set)
+    prompts: dict[int, list[Score]] = field(default_factory=dict)  # scores not yet in a piece
+    scores: list[deque[tuple[Score, int]]] = field(init=False)  # likewise
+    endings: dict[int, Score] = field(default_factory=dict)  # likewise
+
+    def __post_init__(self) -> None:
+        self.scores = [deque() for _ in self.rows]
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Until every sequence has ended. Leaving early frees the rows (`cancel`)."""
@@ -61,23 +86,41 @@ class Job:
             if i not in self.open:
                 continue
             text = self.texts[i]
+            if event.prompt is not None:
+                self.prompts[i] = event.prompt
+            if event.score is not None and event.token is None:
+                self.endings[i] = event.score
+            elif event.score is not None:
+                self.scores[i].append((event.score, len(text)))
             if event.token is not None:
                 self.new_tokens += 1
                 piece = text.push(event.token)
                 if text.stopped:
                     self.engine.cancel(self.rows[i])
                     self.open.discard(i)
-                    yield Piece(i, piece, "stop")
+                    yield self._piece(i, piece, "stop")
                 elif piece:
-                    yield Piece(i, piece)
-                continue
-            self.open.discard(i)
-            if event.error is not None:
+                    yield self._piece(i, piece)
+            elif event.error is not None:
+                self.open.discard(i)
                 yield Piece(i, "", error=event.error)
-            else:
+            elif event.finish is not None:
+                self.open.discard(i)
                 rest = text.end()
-                finish = "stop" if text.stopped else event.finish
-                yield Piece(i, rest, finish)
+                yield self._piece(i, rest, "stop" if text.stopped else event.finish)
+
+    def _piece(self, index: int, text: str, finish: str | None = None) -> Piece:
+        """With the tokens that begin in what has been sent; at the end with all, but for those that
+        a stop string cut off."""
+        stream, waiting = self.texts[index], self.scores[index]
+        last = finish is not None and not stream.stopped
+        found = []
+        while waiting and (last or waiting[0][1] < stream.sent):
+            found.append(waiting.popleft())
+        piece = Piece(index, text, finish, scores=found, prompt=self.prompts.pop(index, None))
+        if last and index in self.endings:
+            piece.ending = self.endings[index], len(stream)
+        return piece
 
     def cancel(self) -> None:
         for row in self.rows:
@@ -91,8 +134,13 @@ class Service:
     """One model, one site, one SAE.
 
     Args:
+        name: of the model, for people.
         readout: [D, V], what each dimension of the site adds to the logits, or None.
         labels: what is known of some latents, e.g. from a quickstart's report: index -> tokens.
+        model_id: what the OpenAI API calls the model; the name when it is empty.
+
+    Attributes:
+        steer: edits for requests of the OpenAI API that name none.
     """
 
     def __init__(
@@ -106,12 +154,16 @@ class Service:
         context: int,
         labels: dict[int, list[str]] | None = None,
         site: str = "",
+        model_id: str = "",
     ) -> None:
         self.name, self.tokenizer, self.engine, self.sae = name, tokenizer, engine, sae
         self.limits, self.context, self.site = limits, context, site
+        self.model_id = model_id or name
+        self.steer: list[Edit] | None = None
         self._readout = readout
         self._labels = labels or {}
         self._token = TokenText(tokenizer)
+        self.scores = ScoreText(tokenizer)
         self._encoding = threading.Lock()
 
     # -- requests ---------------------------------------------------------------------------------
@@ -150,6 +202,7 @@ class Service:
         programs: Sequence[list[Operation] | None],
         stops: Sequence[str] = (),
         same_seed: bool = False,
+        scoring: Scoring | None = None,
     ) -> Job:
         """Raises RefusedError for what does not fit, FullError when there is no room, ClosedError
         when the engine has ended."""
@@ -192,19 +245,29 @@ class Service:
                 sampling,
                 max_tokens,
                 limits.seconds,
+                scoring,
             )
         except ValueError as error:
             raise RefusedError(400, str(error)) from error
         texts = [TextStream(self.tokenizer, stops, prompt) for prompt in prompts]
         return Job(self.engine, rows, texts, events, sum(map(len, prompts)))
 
-    def program(self, edits: Any) -> list[Operation] | None:
+    def program(self, edits: list[Edit] | None) -> list[Operation] | None:
+        """Raises RefusedError when the edits do not fit."""
         try:
             program = operations(edits)
             self.engine.check(program)
         except ValueError as error:
             raise RefusedError(400, str(error)) from error
         return program
+
+    def model(self) -> dict[str, Any]:
+        """The model as the OpenAI API lists it, and what it can be steered by."""
+        latents = 0 if self.sae is None else len(self.sae.W_dec)
+        return {
+            "id": self.model_id, "object": "model", "created": 0, "owned_by": "fastsae",
+            "fastsae": {"site": self.site, "latents": latents},
+        }  # fmt: skip
 
     # -- latents ----------------------------------------------------------------------------------
 
@@ -264,6 +327,13 @@ class Service:
 
 def _seed(seed: int) -> int:
     return seed % 2**63
+
+
+def model_id(origin: str) -> str:
+    """What the API calls a model of this origin: its hub id, or the folder's own name."""
+    if origin == EMBEDDED:
+        return EMBEDDED_MODEL.name
+    return Path(origin).name if Path(origin).is_absolute() else origin
 
 
 def labels_of(report: Path) -> dict[int, list[str]]:

@@ -21,12 +21,15 @@ uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy  # noqa: E402
+from serving import PROMPTS, ROOT, TOKEN, Server, alone, busy, with_engine  # noqa: E402
 
 from fastsae.cli.serve import load_service  # noqa: E402
 from fastsae.cli.subject import load_saved  # noqa: E402
+from fastsae.lm.load import EMBEDDED_MODEL, load_subject  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
+from fastsae.serve.engine import Engine  # noqa: E402
 from fastsae.serve.protocol import Limits  # noqa: E402
+from fastsae.serve.service import model_id  # noqa: E402
 from fastsae.steer import clamp  # noqa: E402
 
 
@@ -42,22 +45,40 @@ def test_completions(client, service):
     )
     steered = client.completions.create(
         model="any", prompt="import os\n", max_tokens=20, temperature=0,
-        extra_body={"steer": [{"latent": 5, "value": 6}]},
+        extra_body={"steer": [{"latent": 5, "value": 6, "unit": "max"}]},
     )  # fmt: skip
     expected = alone(service, "import os\n", [clamp(5, 6.0, unit="max")], 20)
     assert steered.choices[0].text == service.tokenizer.decode(expected, skip_special_tokens=True)
     assert steered.choices[0].text != plain.choices[0].text
+    raw = client.completions.create(  # the unit of the Python API, 6 times the maximum of 30
+        model="any", prompt="import os\n", max_tokens=20, temperature=0,
+        extra_body={"steer": [{"latent": 5, "value": 180}]},
+    )  # fmt: skip
+    assert raw.choices[0].text == steered.choices[0].text
     off = client.completions.create(
         model="any", prompt="import os\n", max_tokens=20, temperature=0, extra_body={"steer": []}
     )
     assert off.choices[0].text == plain.choices[0].text
 
 
-def test_the_docs_example_runs(server, capsys):
+def test_the_docs_examples_run(server, client, capsys):
     page = (ROOT / "docs" / "serving.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    exec(block.replace("8000", str(server.port)).replace("1797", "5"), {})
-    assert capsys.readouterr().out.strip()
+    page = page.replace("8000", str(server.port)).replace("1797", "5")
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        exec(block, names)
+        assert capsys.readouterr().out.strip()
+    (curl,) = re.findall(r"^curl (\S+) .* -d '(.*?)'$", page, re.DOTALL | re.MULTILINE)
+    answer = httpx.post(curl[0], json=json.loads(curl[1]))
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
+    (default,) = re.findall(r"serve --steer '(.*?)'", page)
+    asked = dict(model="m", prompt="import os\n", max_tokens=0, echo=True, logprobs=0)
+    scores = [
+        client.completions.create(**asked, extra_body={"steer": edits}).choices[0].logprobs
+        for edits in (json.loads(default), [])
+    ]
+    assert len(blocks) == 2 and scores[0].token_logprobs != scores[1].token_logprobs
 
 
 def test_several_prompts_n_echo_and_stop(client):
@@ -103,17 +124,30 @@ def test_chat(client):
     joined = "".join(p.choices[0].delta.content or "" for p in parts)
     assert joined == whole.choices[0].message.content
     steered = client.chat.completions.create(
-        **options, extra_body={"steer": [{"latent": 7, "op": "add", "value": 8}]}
+        **options, extra_body={"steer": [{"latent": 7, "op": "add", "value": 240}]}
     )
     assert steered.choices[0].message.content != whole.choices[0].message.content
-    assert client.models.list().data[0].id == client.models.retrieve(whole.model).id
+
+
+def test_the_model_has_a_name_for_clients(client, tmp_path):
+    (listed,) = client.models.list().data
+    assert listed.id == "tiny_python_lm" == client.models.retrieve("tiny_python_lm").id
+    assert listed.fastsae == {"site": "transformer.h.2", "latents": 64}
+    answer = client.completions.create(model="any", prompt="x", max_tokens=1)
+    assert answer.model == "tiny_python_lm"
+    for other in ("embedded: tiny_python_lm", "embedded", str(EMBEDDED_MODEL)):
+        with pytest.raises(openai.NotFoundError, match="the model here is tiny_python_lm"):
+            client.models.retrieve(other)
+    assert model_id("google/gemma-3-1b-it") == "google/gemma-3-1b-it" and model_id("gpt2") == "gpt2"
+    assert model_id(load_subject(str(EMBEDDED_MODEL)).origin.model) == "tiny_python_lm"
+    assert model_id(str(tmp_path / "my-model")) == "my-model"
 
 
 def test_200_concurrent_requests_each_get_their_own(client, service):
     """Steered and not, different prompts and lengths: every answer is the one it would be alone."""
     kinds = []
     for i in range(20):
-        edit = None if i % 2 else [{"latent": i, "value": 1 + i / 5}]
+        edit = None if i % 2 else [{"latent": i, "value": 1 + i / 5, "unit": "max"}]
         kinds.append((PROMPTS[i % len(PROMPTS)], edit, 4 + i % 9))
     expected = []
     for prompt, edit, n in kinds:
@@ -142,7 +176,7 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
     "body,status,reason",
     [
         ({"prompt": "x", "max_tokens": 97}, 400, "max_tokens"),
-        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens: 0 writes nothing"),
         ({"prompt": "x " * 200}, 400, "tokens, at most 64"),
         ({"prompt": ["a"] * 5}, 400, "at most 4 sequences"),
         ({"prompt": "x", "n": 5}, 400, "n: at most 4"),
@@ -154,7 +188,15 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
         ({}, 400, "prompt"),
         ({"prompt": "x", "temperature": 3}, 400, "temperature"),
         ({"prompt": "x", "temperature": float("nan")}, 400, "temperature"),
-        ({"prompt": "x", "logprobs": 5}, 400, "logprobs"),
+        ({"prompt": "x", "logprobs": 6}, 400, "logprobs: Input should be less than or equal to 5"),
+        ({"prompt": "x", "logprobs": -1}, 400, "logprobs"),
+        ({"prompt": "x", "logprobs": True}, 400, "logprobs"),
+        ({"prompt": [[]]}, 400, "at least 1 item"),
+        ({"prompt": [[5], [5, -1]]}, 400, "greater than or equal to 0"),
+        ({"prompt": [[5], [10**9]]}, 400, "token ids"),
+        ({"prompt": [[5], "x"]}, 400, "prompt"),
+        ({"prompt": [[5]] * 5}, 400, "at most 4 sequences"),
+        ({"prompt": [[5] * 65]}, 400, "the prompt has 65 tokens, at most 64"),
         ({"prompt": "x", "stop": ["a"] * 5}, 400, "stop"),
         ({"prompt": "x", "steer": [{"latent": 64, "value": 1}]}, 400, "whose SAE has 64"),
         ({"prompt": "x", "steer": [{"latent": 2**40, "value": 1}]}, 400, "latent"),
@@ -171,6 +213,46 @@ def test_200_concurrent_requests_each_get_their_own(client, service):
             },
             400,
             "abvoe",
+        ),
+        ({"prompt": "x", "steer": [{"feature": 1}]}, 400, "feature: not known here; latent is"),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "strength": 1}]},
+            400,
+            "strength: not known here; value is",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "operation": "add"}]},
+            400,
+            "operation: not known here; op is",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 1, "value": 1, "when": {"feature": 5}}]},
+            400,
+            "steer.0.when: feature: not known here; latent is",
+        ),
+        (
+            {
+                "prompt": "x",
+                "steer": [{"latent": 1, "value": 1, "when": {"latent": 2, "strength": 5}}],
+            },
+            400,
+            "steer.0.when.strength: Extra inputs",
+        ),
+        (
+            {"prompt": "x", "steer": [{"latent": 7, "value": 1}, {"latent": 7, "op": "ablate"}]},
+            400,
+            "steer: latent 7 is edited twice under the same gate",
+        ),
+        (
+            {
+                "prompt": "x",
+                "steer": [
+                    {"latent": 7, "value": 1, "when": {"latent": 5}},
+                    {"latent": 7, "op": "scale", "value": 2, "when": {"latent": 5, "above": 0}},
+                ],
+            },
+            400,
+            "latent 7 is edited twice",
         ),
         ({"prompt": "x", "logit_bias": {"50": 100}}, 400, "logit_bias: not supported here"),
         ({"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty"),
@@ -206,7 +288,7 @@ def test_fields_that_change_nothing_are_taken(server):
     """What clients send by default, or send to no effect."""
     neutral = {
         "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [],
-        "response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": None,
+        "response_format": {"type": "text"}, "tool_choice": "none", "top_logprobs": 0,
         "functions": None, "user": "somebody", "service_tier": "auto", "store": False,
         "stream_options": None,
     }  # fmt: skip
@@ -216,11 +298,66 @@ def test_fields_that_change_nothing_are_taken(server):
         assert answer.status_code == 200, answer.text
 
 
+def test_a_latent_may_be_edited_under_several_gates(server):
+    edits = [
+        {"latent": 7, "value": 1}, {"latent": 8, "value": 1},
+        {"latent": 7, "value": 1, "when": {"latent": 5}},
+        {"latent": 7, "value": 1, "when": {"latent": 5, "above": 2}},
+        {"latent": 7, "value": 1, "when": {"latent": 6}},
+    ]  # fmt: skip
+    body = {"prompt": "x", "max_tokens": 2, "steer": edits}
+    answer = httpx.post(server.url + "/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_chat_says_which_part_is_wrong(server):
     part = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
-    body = {"messages": [{"role": "user", "content": [part]}]}
-    answer = httpx.post(server.url + "/v1/chat/completions", json=body)
-    assert answer.status_code == 400 and "'text'" in answer.json()["error"]["message"]
+    text = {"type": "text", "text": "x"}
+    for message, why in (
+        ({"role": "user", "content": [text, part]}, "only parts of type 'text' are read here"),
+        ({"role": "user", "content": [part]}, "not 'image_url'"),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "only parts of type 'text'"),
+        ({"role": "user", "content": None}, "messages.0: content: only an assistant's may be null"),
+        ({"role": "system"}, "messages.0: content: only an assistant's may be null"),
+        ({"role": "user", "content": "\ud800"}, "surrogate"),
+        ({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, "surrogate"),
+        ({"role": "tool", "content": "x"}, "'system', 'developer', 'user' or 'assistant'"),
+    ):
+        body = json.dumps({"messages": [message]})
+        answer = httpx.post(
+            server.url + "/v1/chat/completions", content=body,
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+
+
+def test_a_history_may_hold_a_message_without_text(server):
+    user = {"role": "user", "content": "import os"}
+    texts = []
+    for silent in ({"content": None}, {}, {"content": ""}, {"content": []}):
+        body = {"messages": [user, {"role": "assistant", **silent}, user], "temperature": 0}
+        answer = httpx.post(server.url + "/v1/chat/completions", json={**body, "max_tokens": 8})
+        assert answer.status_code == 200, answer.text
+        texts.append(answer.json()["choices"][0]["message"]["content"])
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    "body,reason",
+    [
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        ({"tools": [{}]}, "tools: not supported here"),
+    ],
+    ids=str,
+)
+def test_a_chat_is_refused_with_a_reason(server, body, reason):
+    ask = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    answer = httpx.post(server.url + "/v1/chat/completions", json={**ask, **body})
+    assert answer.status_code == 400 and reason in answer.json()["error"]["message"], answer.text
 
 
 def test_malformed_bodies(server):
@@ -341,6 +478,9 @@ def test_host_header_and_token(service, server):
                 guarded.url + "/api/info", headers={"authorization": value.encode("latin-1")}
             )
             assert answer.status_code == 401 and answer.json()["error"]["message"]
+        assert httpx.get(guarded.url + "/health").json() == {"status": "ok"}
+        elsewhere = httpx.get(guarded.url + "/health", headers={"host": "evil.example"})
+        assert elsewhere.status_code == 403
         right = openai.OpenAI(base_url=guarded.url + "/v1", api_key=TOKEN, max_retries=0)
         assert right.models.list().data
         wrong = openai.OpenAI(base_url=guarded.url + "/v1", api_key="no", max_retries=0)
@@ -348,6 +488,29 @@ def test_host_header_and_token(service, server):
             wrong.completions.create(model="m", prompt="x")
     finally:
         guarded.stop()
+
+
+def test_health_says_why_no_more_is_written(service):
+    engine = Engine(service.engine.model, None, rows=1)
+    server = Server(with_engine(service, engine))
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    try:
+        assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+        engine._turn = lost
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        assert answer.status_code == 500
+        engine._thread.join(10)
+        answer = httpx.get(server.url + "/health")
+        assert answer.status_code == 503 and "illegal memory" in answer.json()["reason"]
+    finally:
+        server.stop()
+    closed = Engine(service.engine.model, None)
+    assert closed.ended is None
+    closed.close()
+    assert closed.ended == "the server is shutting down"
 
 
 def test_no_room_is_429(service, folder):

@@ -85,7 +85,7 @@ def test_before_and_after_and_sliders(server):
     async def move(http, events):
         if len(events) == 20:
             path = server.url + f"/api/chat/{events[0]['id']}/steer"
-            answer = await http.post(path, json={"steer": [{"latent": 5, "value": 6}]})
+            answer = await http.post(path, json={"steer": [{"latent": 5, "value": 180}]})
             assert answer.status_code == 200
 
     async def both():

@@ -37,28 +37,32 @@ def folder(tmp_path):
 
 def test_prints_both_texts(folder):
     options = ("--sae", folder, "--feature", 3, "--prompt", "import os", "--tokens", 12)
-    strong = run(*options, "--strength", 2, "--temperature", 0)
+    strong = run(*options, "--strength", 80, "--temperature", 0)
     assert strong.exit_code == 0, strong.output
-    assert "before" in strong.output and "latent 3 at 2 max" in strong.output
-    unit = run(*options, "--strength", 80, "--unit", "raw", "--temperature", 0)
-    text = [
-        line.replace("latent 3 at 80 raw", "latent 3 at 2 max ")
-        for line in unit.output.splitlines()
-    ]
-    assert text == strong.output.splitlines()  # 2 x 40 is 80
+    assert "before" in strong.output and "latent 3 at 80, 2 times its" in strong.output
+    unit = run(*options, "--strength", 2, "--unit", "max", "--temperature", 0)
+    assert unit.output == strong.output  # 2 x 40 is 80
     nothing = run(*options, "--strength", 0, "--temperature", 0)
     cells = [line.split("│")[1:3] for line in nothing.output.splitlines() if "│" in line]
     assert cells and strong.output != nothing.output
     befores = [
         [line.split("│")[1] for line in shown.output.splitlines() if "│" in line]
-        for shown in (strong, run(*options, "--strength", -2, "--temperature", 0))
+        for shown in (strong, run(*options, "--strength", -80, "--temperature", 0))
     ]
     rows = min(map(len, befores))  # a longer text beside it adds empty lines
     assert befores[0][:rows] == befores[1][:rows]  # unsteered
-    long = run(*options, "--strength", 2, "--tokens", 1, "--prompt", "a" * 200)
+    long = run(*options, "--strength", 80, "--tokens", 1, "--prompt", "a" * 200)
     assert "…" not in long.output and long.output.count("a") > 400  # folded, nothing cut
-    again = run(*options, "--strength", 2, "--seed", 4)
-    assert again.output == run(*options, "--strength", 2, "--seed", 4).output
+    again = run(*options, "--strength", 80, "--seed", 4)
+    assert again.output == run(*options, "--strength", 80, "--seed", 4).output
+
+
+def test_the_strength_in_the_unit_that_is_known():
+    from fastsae.cli.steer import _amount
+
+    assert _amount(80, "raw", 40.0) == _amount(2, "max", 40.0) == "80, 2 times its maximum"
+    assert _amount(-0.123456, "raw", 3.0) == "-0.1235, -0.0412 times its maximum"
+    assert _amount(80, "raw", None) == _amount(80, "raw", 0.0) == "80"  # a latent that never fired
 
 
 def test_says_what_is_wrong_in_one_line(folder, tmp_path):
@@ -122,7 +126,7 @@ def test_the_folder_knows_its_model_and_site(tmp_path):
     sae.origin = load_subject(str(mine), layer=1).origin
     assert sae.origin.site == "transformer.h.1"
     sae.save_pretrained(tmp_path / "sae")
-    options = ("--sae", tmp_path / "sae", "--feature", 3, "--strength", 5, "--unit", "raw",
+    options = ("--sae", tmp_path / "sae", "--feature", 3, "--strength", 5,
                "--prompt", "import os", "--tokens", 3)  # fmt: skip
     done = run(*options)
     assert done.exit_code == 0, done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import threading
 import time
@@ -49,6 +50,16 @@ class Server:
     def stop(self):
         self.server.should_exit = True
         self.thread.join(10)
+
+
+def with_engine(service, engine):
+    """The service on another engine; methods that tests have put back are not bound to the old."""
+    other = copy.copy(service)
+    for name, value in list(vars(other).items()):
+        if getattr(value, "__self__", None) is service:
+            delattr(other, name)
+    other.engine = engine
+    return other
 
 
 def alone(service, prompt, program, n):
