@@ -279,7 +279,7 @@ class CardMaker:
                 ends = low * largest, high * largest
                 found, number = self._stats.between(latent, *ends, 4 * total)
             candidates.append(found)
-            shares.append(number / len(values))
+            shares.append(number / max(1, len(values)))
         chosen = spread(candidates, [count for _, _, count in INTERVALS], self._reader)
         return [
             Interval(low, high, rounded(share), [self._example(p, places, values) for p in some])

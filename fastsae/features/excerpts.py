@@ -207,7 +207,7 @@ def tidy(pieces: Sequence[str], fires: Sequence[bool]) -> list[str]:
     last = -1  # the last piece that has text
     for i, (piece, active) in enumerate(zip(pieces, fires)):
         piece = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", piece))
-        fresh = last < 0 or out[last].endswith("\n")
+        fresh = last < 0 or out[last].endswith(("\n", "↵"))
         if fresh and (not active or piece.strip()):
             piece = piece.lstrip()
         elif fresh and piece.startswith("\n"):
@@ -215,6 +215,11 @@ def tidy(pieces: Sequence[str], fires: Sequence[bool]) -> list[str]:
                 out[last] = out[last].rstrip()
             else:
                 piece = "↵" + piece[1:]
+        elif not fresh and out[last].endswith(" ") and piece[:1].isspace():
+            if not fires[last]:
+                out[last] = out[last].rstrip()
+            elif not active:
+                piece = piece.lstrip(" ")
         out.append(piece)
         last = i if piece else last
     for i in reversed(range(len(out))):

@@ -31,14 +31,16 @@ def title(around: Iterable[Around], weights: Iterable[float]) -> str:
     if not places:
         return ""
     here, share = _ranked(((a.unit, w) for a, w in places), 3)
-    after = _neighbour("after", ((a.before, w) for a, w in places))
-    before = _neighbour("before", ((a.after, w) for a, w in places))
-    if share >= 0.5:
-        wordless = not any(is_wordlike(unit) for unit in here)
-        return ", ".join(map(named, here)) + ((after or before) if wordless else "")
-    if after or before:
-        return (after or before).strip()
-    return ", ".join(map(named, here)) + " …"
+    words = ", ".join(map(named, here))
+    if share >= 0.5 and any(is_wordlike(unit) for unit in here):
+        return words
+    after, near = _ranked(((a.before, w) for a, w in places), 2)
+    before, far = _ranked(((a.after, w) for a, w in places), 2)
+    relation, units = ("after", after) if near >= far else ("before", before)
+    if max(near, far) < 0.5 or not all(units):
+        return words if share >= 0.5 else words + " …"
+    common = f"{relation} " + ", ".join(map(named, units))
+    return f"{words} {common}" if share >= 0.5 else common
 
 
 def is_wordlike(unit: str) -> bool:
@@ -69,11 +71,3 @@ def _ranked(units: Iterable[tuple[str, float]], count: int) -> tuple[list[str], 
     return [spelt[unit].most_common(1)[0][0] for unit in order], sum(
         mass[unit] for unit in order
     ) / total
-
-
-def _neighbour(relation: str, units: Iterable[tuple[str, float]]) -> str:
-    """` after this, that`, where one or two units make up half; else nothing."""
-    found, share = _ranked(units, 2)
-    if share < 0.5 or not all(found):
-        return ""
-    return f" {relation} " + ", ".join(map(named, found))
