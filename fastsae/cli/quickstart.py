@@ -89,7 +89,8 @@ def _summary(result: Result, page: Path) -> None:
     if steering is not None:
         effect, seen = steering["effect"], " ".join(repr(t) for t in steering["own_tokens"][:6])
         rows["steering"] = (
-            f"latent {steering['feature']} ({seen}) at {steering['strength']:g}x its maximum: "
+            f"latent {steering['feature']} ({seen}), by {steering['method']} at "
+            f"{steering['strength']:g}x its maximum: "
             f"its tokens go from {100 * effect['share_before']:.1f}% to "
             f"{100 * effect['share_after']:.1f}% of the text"
         )

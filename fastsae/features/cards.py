@@ -1,34 +1,45 @@
-"""Which latents a reader can name, and what to show of them."""
+"""What is shown of a latent, and which latents are shown first.
+
+A `Card` is all that a page knows of a latent, and `assets/card.js` draws one.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..lm.harvest import Store
+from ..lm.harvest import Windows
 from ..lm.tokens import TokenText
-from ..nn import SparseCoder
+from .excerpts import Example, Reader
 from .stats import FeatureStats
-from .tokens import TokenMass
+from .titles import title
+from .tokens import TokenShares
+
+# Examples are shown by intervals of activation, shares of the maximum: (low, high, how many).
+INTERVALS = ((0.75, 1.0, 3), (0.5, 0.75, 1), (0.25, 0.5, 1), (0.0, 0.25, 1))
+BINS = 24  # of a histogram
+_REACH = 80  # tokens to both sides of a place that an excerpt may show
 
 
 @dataclass(frozen=True)
-class Example:
-    """A piece of text around a place where a latent fires.
+class Interval:
+    """Examples of one interval of activation.
 
     Attributes:
-        document: where it is from.
-        tokens: the pieces of text, token by token.
-        activations: the latent's activation on each.
-        peak: which of them is the place.
+        low, high: its ends, shares of the latent's maximum.
+        share: of the latent's firings.
+        examples: of the top interval the strongest, of the others spread evenly over the text.
     """
 
-    document: str
-    tokens: list[str]
-    activations: list[float]
-    peak: int
+    low: float
+    high: float
+    share: float
+    examples: list[Example]
 
 
 @dataclass(frozen=True)
@@ -37,29 +48,64 @@ class Card:
 
     Attributes:
         index: the latent.
+        title: the words at the places where it is strongest.
         max_activation, density: over the tokens of the statistics.
         fires_on: (token, share) where it fires, by share.
-        promotes: (token, logit) that its decoder row raises most, on the direct path.
+        promotes, suppresses: (token, logit) that its decoder row raises and lowers most, on the
+            direct path.
         followed_by: (token, share) that in fact comes next where it fires.
         agreement: share of its activation that is followed by one of the promoted tokens.
         concentration: share of its activation on its own five most frequent tokens.
-        top_examples: strongest windows, of different documents and different wording.
-        weaker_examples: windows drawn at random where it fires.
+        histogram: firings by activation, in equal steps from 0 to the maximum.
+        intervals: examples by activation, from the top, of different documents and wording. There
+            are none of negative activations.
     """
 
     index: int
+    title: str
     max_activation: float
     density: float
     fires_on: list[tuple[str, float]]
     promotes: list[tuple[str, float]]
+    suppresses: list[tuple[str, float]]
     followed_by: list[tuple[str, float]]
     agreement: float
     concentration: float
-    top_examples: list[Example]
-    weaker_examples: list[Example]
+    histogram: list[int]
+    intervals: list[Interval]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The tokens whose logits a decoder row moves most.
+
+    Attributes:
+        promoted, raised: [F, P] token ids and logits, from the highest.
+        suppressed, lowered: [F, P] token ids and logits, from the lowest.
+    """
+
+    promoted: torch.Tensor
+    raised: torch.Tensor
+    suppressed: torch.Tensor
+    lowered: torch.Tensor
+
+
+def strongest_effects(effect: torch.Tensor, token_counts: torch.Tensor, count: int = 10) -> Effects:
+    """The `count` tokens that each latent raises and lowers most.
+
+    Args:
+        effect: [F, V] from `logit_effect`.
+        token_counts: [V] how often each token occurs in the text of the statistics. Tokens that
+            hardly occur are left out: their embeddings are noise.
+    """
+    rare = (token_counts < 3).to(effect.device)
+    count = min(count, int((~rare).sum()))
+    raised, promoted = effect.masked_fill(rare, -torch.inf).topk(count, dim=-1)
+    lowered, suppressed = effect.masked_fill(rare, torch.inf).topk(count, dim=-1, largest=False)
+    return Effects(promoted.cpu(), raised.cpu(), suppressed.cpu(), lowered.cpu())
 
 
 @dataclass(frozen=True)
@@ -71,25 +117,22 @@ class Scores:
         concentration: [F] share of its activation on its five most frequent tokens.
         agreement: [F] share of its activation that one of its promoted tokens follows.
         lift: [F] the same, as a multiple of how often those tokens occur at all.
-        promoted: [F, P] token ids that the decoder row raises most.
     """
 
     score: torch.Tensor
     concentration: torch.Tensor
     agreement: torch.Tensor
     lift: torch.Tensor
-    promoted: torch.Tensor
 
 
 def score_latents(
     stats: FeatureStats,
-    fires: TokenMass,
-    follows: TokenMass,
-    effect: torch.Tensor,
+    fires: TokenShares,
+    follows: TokenShares,
+    promoted: torch.Tensor,
     token_counts: torch.Tensor,
     words: torch.Tensor,
     *,
-    n_promoted: int = 10,
     min_count: int = 100,
     max_density: float = 0.05,
 ) -> Scores:
@@ -100,22 +143,17 @@ def score_latents(
     often than those tokens come anyway (a reader sees what it does).
 
     Args:
-        effect: [F, V] from `logit_effect`.
-        token_counts: [V] how often each token occurs in the text of the statistics. Tokens that
-            hardly occur are no candidates for promotion: their embeddings are noise.
+        promoted: [F, P] from `strongest_effects`.
+        token_counts: [V] how often each token occurs in the text of the statistics.
         words: [V] bool, tokens that say something alone. Latents of line ends and brackets are many
             and say little, so words count for more.
     """
     n_latents = len(stats.count)
-    seen = effect.masked_fill((token_counts < 3).to(effect.device), -torch.inf)
-    promoted = seen.topk(min(n_promoted, effect.shape[1]), dim=-1).indices.cpu()
     share = token_counts.double() / token_counts.sum()
     concentration = torch.zeros(n_latents, dtype=torch.float32)
     worded = torch.zeros(n_latents, dtype=torch.float32)
     agreement = torch.zeros(n_latents, dtype=torch.float32)
-    for j in range(n_latents):
-        if stats.count[j] == 0:
-            continue
+    for j in stats.count.nonzero().flatten().tolist():
         tokens, mass = fires.of(j)
         concentration[j] = mass[:5].sum()
         worded[j] = mass[words[tokens]].sum()
@@ -127,142 +165,169 @@ def score_latents(
     score = concentration + agreement + 0.2 * torch.log2(lift.clamp(min=1, max=64))
     score = score + worded + words[promoted].float().mean(-1)
     score = torch.where(usable, score.double(), -torch.inf).float()
-    return Scores(score, concentration, agreement, lift.float(), promoted)
+    return Scores(score, concentration, agreement, lift.float())
 
 
 def choose_latents(
-    scores: Scores,
-    fires: TokenMass,
+    score: torch.Tensor,
     W_dec: torch.Tensor,
+    fires: TokenShares,
+    promoted: torch.Tensor,
+    alike: torch.Tensor,
     count: int,
     *,
     max_cosine: float = 0.5,
-    max_same_token: int = 2,
+    max_shared: float = 0.3,
 ) -> list[int]:
-    """The best `count` latents by score, no two alike.
+    """The best `count` latents by score, no two of one idea.
 
-    Skips a latent whose decoder row has a cosine above `max_cosine` with one already chosen, or
-    whose most frequent token is that of `max_same_token` chosen ones.
+    Skips a latent whose decoder row has a cosine above `max_cosine` with one already chosen, one
+    that fires on the same tokens (the overlap of their shares is above `max_shared`), and one of
+    whose promoted tokens more than half are promoted by one already chosen.
+
+    Args:
+        alike: [V] a number for every token, equal for tokens that a reader takes for the same.
     """
     chosen: list[int] = []
-    heads: dict[int, int] = {}
+    seen: list[tuple[dict[int, float], set[int]]] = []
     unit = torch.nn.functional.normalize(W_dec.detach().float().cpu(), dim=-1)
-    for j in torch.argsort(scores.score, descending=True, stable=True).tolist():
-        if len(chosen) == count or scores.score[j] == -torch.inf:
+    for j in torch.argsort(score, descending=True, stable=True).tolist():
+        if len(chosen) == count or score[j] == -torch.inf:
             break
         if chosen and float((unit[chosen] @ unit[j]).max()) > max_cosine:
             continue
-        head = int(fires.of(j)[0][0])
-        if heads.get(head, 0) >= max_same_token:
+        tokens, shares = fires.of(j)
+        own: dict[int, float] = {}
+        for token, share in zip(alike[tokens[:50]].tolist(), shares[:50].tolist()):
+            own[token] = own.get(token, 0.0) + share
+        raised = set(alike[promoted[j]].tolist())
+        if any(
+            sum(min(share, other.get(token, 0.0)) for token, share in own.items()) > max_shared
+            or len(raised & others) > len(raised) / 2
+            for other, others in seen
+        ):
             continue
-        heads[head] = heads.get(head, 0) + 1
         chosen.append(j)
+        seen.append((own, raised))
     return chosen
 
 
-def make_card(
-    latent: int,
-    sae: SparseCoder,
-    store: Store,
-    stats: FeatureStats,
-    scores: Scores,
-    fires: TokenMass,
-    follows: TokenMass,
-    effect: torch.Tensor,
-    text: TokenText,
-    *,
-    before: int = 20,
-    after: int = 8,
-    n_top: int = 4,
-    n_weaker: int = 2,
-) -> Card:
-    """Everything that is shown of one latent.
+class CardMaker:
+    """Makes the cards of latents from what one pass over the text has gathered.
 
-    Places in `stats` must be row numbers of `store`.
+    Places in `stats` must be numbers of the tokens that `windows` keeps, in order.
     """
 
-    def shares(mass: TokenMass, n: int) -> list[tuple[str, float]]:
-        tokens, part = mass.of(latent)
+    def __init__(
+        self,
+        stats: FeatureStats,
+        scores: Scores,
+        effects: Effects,
+        fires: TokenShares,
+        follows: TokenShares,
+        windows: Windows,
+        text: TokenText,
+    ) -> None:
+        self._reader = Reader(windows, text)
+        self._stats, self._scores = stats, scores
+        self._fires, self._follows = fires, follows
+        self._text = text
+        self._histogram = stats.histogram(BINS)
+        self._promotes = self._pairs(effects.promoted, effects.raised)
+        self._suppresses = self._pairs(effects.suppressed, effects.lowered)
+
+    def _pairs(self, tokens: torch.Tensor, values: torch.Tensor) -> list[list[tuple[str, float]]]:
         return [
-            (text[int(t)], float(p)) for t, p in zip(tokens[:n], part[:n], strict=True) if p > 0.01
+            [(self._text[t], rounded(v)) for t, v in zip(*row)]
+            for row in zip(tokens.tolist(), values.tolist())
         ]
 
-    promoted = scores.promoted[latent].tolist()
-    top = _distinct(store, stats.top(latent)[0].tolist(), n_top)
-    weaker = [p for p in stats.sample(latent)[0].tolist() if p not in top]
-    weaker = _distinct(store, weaker, n_weaker)
+    def card(self, latent: int) -> Card:
+        """Everything that is shown of one latent."""
+        places, activations = self._stats.top(latent)
+        return Card(
+            index=latent,
+            title=title(map(self._reader.around, places.tolist()), activations.abs().tolist()),
+            max_activation=rounded(float(self._stats.max[latent])),
+            density=rounded(float(self._stats.density[latent])),
+            fires_on=self._shares(self._fires, latent),
+            promotes=self._promotes[latent],
+            suppresses=self._suppresses[latent],
+            followed_by=self._shares(self._follows, latent),
+            agreement=rounded(float(self._scores.agreement[latent])),
+            concentration=rounded(float(self._scores.concentration[latent])),
+            histogram=self._histogram[latent].tolist(),
+            intervals=self._intervals(latent),
+        )
 
-    def example(place: int) -> Example:
-        return make_example(latent, place, sae, store, text, before, after)
+    def _shares(self, of: TokenShares, latent: int) -> list[tuple[str, float]]:
+        tokens, shares = of.of(latent)
+        pairs = zip(tokens[:6].tolist(), shares[:6].tolist())
+        return [(self._text[t], rounded(share)) for t, share in pairs if share > 0.01]
 
-    return Card(
-        index=latent,
-        max_activation=float(stats.max[latent]),
-        density=float(stats.density[latent]),
-        fires_on=shares(fires, 6),
-        promotes=[(text[t], float(effect[latent, t])) for t in promoted],
-        followed_by=shares(follows, 6),
-        agreement=float(scores.agreement[latent]),
-        concentration=float(scores.concentration[latent]),
-        top_examples=[example(p) for p in top],
-        weaker_examples=[example(p) for p in weaker],
-    )
+    def _intervals(self, latent: int) -> list[Interval]:
+        places, values = self._stats.of(latent)
+        largest = float(self._stats.max[latent])
+        strongest, activations = self._stats.top(latent)
+        total = sum(count for _, _, count in INTERVALS)
+        candidates, shares = [], []
+        for low, high, _ in INTERVALS:
+            if high == 1.0:
+                found = strongest[activations > low * largest].tolist()
+                number = int((values > low * largest).sum())
+            else:
+                ends = low * largest, high * largest
+                found, number = self._stats.between(latent, *ends, 4 * total)
+            candidates.append(found)
+            shares.append(number / max(1, len(values)))
+        chosen = spread(candidates, [count for _, _, count in INTERVALS], self._reader)
+        return [
+            Interval(low, high, rounded(share), [self._example(p, places, values) for p in some])
+            for (low, high, _), share, some in zip(INTERVALS, shares, chosen)
+            if some
+        ]
+
+    def _example(self, place: int, places: np.ndarray, values: np.ndarray) -> Example:
+        near = slice(*np.searchsorted(places, [place - _REACH, place + _REACH]))
+        return self._reader.example(
+            place, places[near].tolist(), [rounded(v) for v in values[near].tolist()]
+        )
 
 
-def _where(store: Store, place: int) -> tuple[int, int]:
-    """Window and position in it of row `place` of the store."""
-    per_window = store.windows.kept.shape[1]
-    return place // per_window, place % per_window + store.windows.skip_first
+def spread(
+    candidates: Sequence[Sequence[int]], wanted: Sequence[int], reader: Reader
+) -> list[list[int]]:
+    """Places from each list of candidates, of different documents and not of the same wording.
 
-
-def _distinct(store: Store, places: list[int], count: int) -> list[int]:
-    """The first `count` places, of different documents and not the same words before them.
-
-    Falls back to places of documents already used when there are too few others.
+    What one list lacks, the next ones give. Documents repeat where there are too few of them.
     """
-    chosen: list[int] = []
-    wordings: set[tuple[int, ...]] = set()
+    chosen: list[list[int]] = [[] for _ in candidates]
     documents: set[str] = set()
-    for other_documents in (True, False):
+    wordings: set[tuple[int, ...]] = set()
+    used: set[int] = set()
+
+    def take(into: list[int], places: Iterable[int], count: int, new_document: bool) -> int:
         for place in places:
-            if len(chosen) == count:
-                return chosen
-            window, position = _where(store, place)
-            wording = tuple(store.windows.tokens[window, max(0, position - 4) : position + 1])
-            wording = tuple(int(t) for t in wording)
-            document = store.windows.documents[window]
-            if (
-                place in chosen
-                or wording in wordings
-                or (other_documents and document in documents)
-            ):
+            if count == 0:
+                break
+            document, wording = reader.document(place), reader.wording(place)
+            if place in used or wording in wordings or (new_document and document in documents):
                 continue
-            chosen.append(place)
-            wordings.add(wording)
+            into.append(place)
+            used.add(place)
             documents.add(document)
+            wordings.add(wording)
+            count -= 1
+        return count
+
+    left = 0
+    for into, places, count in zip(chosen, candidates, wanted):
+        left = take(into, places, count + left, True)
+    for into, places in zip(chosen, candidates):
+        left = take(into, places, left, False)
     return chosen
 
 
-@torch.no_grad()
-def make_example(
-    latent: int,
-    place: int,
-    sae: SparseCoder,
-    store: Store,
-    text: TokenText,
-    before: int,
-    after: int,
-) -> Example:
-    """The text around row `place` of the store, with the latent's activation on every token."""
-    window, position = _where(store, place)
-    low = max(store.windows.skip_first, position - before)
-    high = min(store.windows.tokens.shape[1], position + after + 1)
-    rows = store.activations[place - (position - low) : place + (high - position)]
-    code = sae.encode(rows)
-    activation = (code.values * (code.indices == latent)).sum(-1)
-    return Example(
-        document=store.windows.documents[window],
-        tokens=text.pieces(store.windows.tokens[window, low:high].tolist()),
-        activations=[round(float(a), 4) for a in activation],
-        peak=position - low,
-    )
+def rounded(x: float) -> float:
+    """Four significant digits: what a reader sees of a number."""
+    return float(f"{x:.4g}") if math.isfinite(x) else x

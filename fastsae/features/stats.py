@@ -1,33 +1,51 @@
-"""Statistics and top examples of every latent, gathered in one pass over (values, indices)."""
+"""Where every latent fires and how strongly, gathered in one pass over (values, indices)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+
+_Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class _ByLatent:
+    """All firings, latent by latent, each in the order of its places."""
+
+    bounds: _Array  # [F + 1], where each latent's firings begin
+    latents: _Array
+    places: _Array
+    values: _Array
+    count: torch.Tensor
+    total: torch.Tensor
+    max: torch.Tensor
 
 
 class FeatureStats:
-    """Running statistics of F latents over a stream of tokens. Memory O(F · kept), none O(N · F).
+    """What F latents do on a stream of tokens.
 
-    Per latent: how often it fires, the sum and the maximum of its activation, the `kept` windows
-    where its activation is largest (one place per window, so that one text does not fill the
-    list), and `sampled` windows where it fires at all, drawn evenly by a hash of the place.
+    Keeps every firing (latent, place, activation), 16 bytes for each active latent of each token;
+    nothing is O(N · F). What is asked of a latent is read from its own firings alone, and does not
+    depend on how the stream was cut into batches.
 
-    Ties are broken by position; the result does not depend on how the stream is cut into batches.
+    A latent fires where its activation is not 0.
+
+    Args:
+        kept: windows that `top` gives at most.
 
     Attributes:
         n_tokens: tokens seen.
-        count: [F] int64, tokens on which the latent fires: its activation is not 0.
-        total: [F] float64, sum of its activations.
     """
 
-    def __init__(self, n_latents: int, *, kept: int = 32, sampled: int = 8, seed: int = 0):
+    def __init__(self, n_latents: int, *, kept: int = 32) -> None:
         self.n_tokens = 0
-        self.count = torch.zeros(n_latents, dtype=torch.long)
-        self.total = torch.zeros(n_latents, dtype=torch.float64)
-        self._max = torch.full((n_latents,), -torch.inf, dtype=torch.float32)
-        self._top = _TopPlaces(n_latents, kept)
-        self._random = _TopPlaces(n_latents, sampled)
-        self._seed = seed
+        self._n_latents = n_latents
+        self._kept = kept
+        self._firings: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._starts: list[torch.Tensor] = []  # the first place of every window
+        self._sorted: _ByLatent | None = None
 
     def update(self, values: torch.Tensor, indices: torch.Tensor, places: torch.Tensor) -> None:
         """Adds some windows.
@@ -38,39 +56,48 @@ class FeatureStats:
             places: [B, T] int64, a number for every token, increasing, all tokens of one window
                 below those of the next.
         """
-        values, indices = values.detach().float().cpu(), indices.long().cpu()
-        self.n_tokens += places.numel()
+        values, indices = values.detach().float().cpu(), indices.int().cpu()
         active = values != 0
-        windows = torch.arange(places.shape[0])[:, None, None].expand_as(indices)[active]
         spots = places[:, :, None].expand_as(indices)[active]
-        value, latent = values[active], indices[active]
-        if not len(latent):
-            return
-        self.count += torch.bincount(latent, minlength=len(self.count))
-        self.total.index_add_(0, latent, value.double())
-        self._max.scatter_reduce_(0, latent, value, "amax")
+        self._firings.append((indices[active], spots, values[active]))
+        self._starts.append(places[:, 0])
+        self.n_tokens += places.numel()
+        self._sorted = None
 
-        # the strongest place of every (latent, window), the first of equals: [F, B]
-        n_latents, n_windows = len(self.count), places.shape[0]
-        group = latent * n_windows + windows
-        best = value.new_full((n_latents * n_windows,), -torch.inf)
-        best.scatter_reduce_(0, group, value, "amax")
-        strongest = value == best[group]
-        nowhere = torch.iinfo(torch.long).max
-        spot = torch.full((n_latents * n_windows,), nowhere)
-        spot.scatter_reduce_(0, group[strongest], spots[strongest], "amin")
-        best, spot = best.view(n_latents, n_windows), spot.view(n_latents, n_windows)
-        fires = spot < nowhere
-        self._top.add(best.double().masked_fill(~fires, -torch.inf), best, spot)
-        names = spot * n_latents + torch.arange(n_latents)[:, None]
-        hashed = _hash(names, self._seed).masked_fill(~fires, -torch.inf)
-        self._random.add(hashed, best, spot)
+    def _by_latent(self) -> _ByLatent:
+        if self._sorted is None:
+            none = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.long),
+                    torch.empty(0, dtype=torch.float32))  # fmt: skip
+            latent, place, value = map(torch.cat, zip(none, *self._firings))
+            latent, order = torch.sort(latent, stable=True)
+            place, value = place[order], value[order]
+            self._firings = [(latent, place, value)]  # later ones come behind, latent by latent
+            edges = torch.arange(self._n_latents + 1, dtype=torch.int32)
+            bounds = torch.searchsorted(latent, edges)
+            total = torch.bincount(latent, value.double(), self._n_latents)
+            largest = torch.zeros(self._n_latents, dtype=torch.float32)
+            largest.scatter_reduce_(0, latent.long(), value, "amax", include_self=False)
+            self._sorted = _ByLatent(
+                bounds.numpy(), latent.numpy(), place.numpy(), value.numpy(), bounds.diff(), total,
+                largest,
+            )  # fmt: skip
+        return self._sorted
+
+    @property
+    def count(self) -> torch.Tensor:
+        """[F] int64: tokens on which the latent fires."""
+        return self._by_latent().count
+
+    @property
+    def total(self) -> torch.Tensor:
+        """[F] float64: sum of its activations."""
+        return self._by_latent().total
 
     @property
     def max(self) -> torch.Tensor:
         """[F] float32: the largest activation where the latent fires, which is negative where all
         are (an identity activation); 0 where it never fires."""
-        return self._max.masked_fill(self.count == 0, 0.0)
+        return self._by_latent().max
 
     @property
     def density(self) -> torch.Tensor:
@@ -82,45 +109,39 @@ class FeatureStats:
         """[F] mean activation where it fires."""
         return (self.total / self.count.clamp(min=1)).float()
 
+    def histogram(self, bins: int) -> torch.Tensor:
+        """[F, bins] int64: firings by activation, in equal steps from 0 to the latent's maximum.
+        Negative activations are left out."""
+        latents, values = self._by_latent().latents, self._by_latent().values
+        positive = values > 0
+        latents, values = latents[positive].astype(np.int64), values[positive]
+        step = np.minimum(values / self.max.numpy()[latents] * bins, bins - 1).astype(np.int64)
+        counts = np.bincount(latents * bins + step, minlength=self._n_latents * bins)
+        return torch.from_numpy(counts).view(self._n_latents, bins)
+
+    def of(self, latent: int) -> tuple[_Array, _Array]:
+        """Places and activations of all firings of a latent, by place."""
+        firings = self._by_latent()
+        here = slice(firings.bounds[latent], firings.bounds[latent + 1])
+        return firings.places[here], firings.values[here]
+
     def top(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places and activations of the strongest windows of a latent, strongest first."""
-        return self._top.of(latent)
+        """Places and activations of a latent in its strongest windows, strongest first.
 
-    def sample(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places and activations of windows drawn evenly among those where it fires."""
-        return self._random.of(latent)
+        One place of each window, so that one text does not fill the list. Of equals the first.
+        """
+        places, values = self.of(latent)
+        order = np.argsort(-values, kind="stable")
+        starts = torch.cat(self._starts).numpy()
+        windows = np.searchsorted(starts, places[order], side="right")
+        first = np.sort(np.unique(windows, return_index=True)[1])[: self._kept]
+        chosen = order[first]
+        return torch.from_numpy(places[chosen]), torch.from_numpy(values[chosen])
 
-
-class _TopPlaces:
-    """For every latent the `kept` entries of highest rank, with their values and places."""
-
-    def __init__(self, n_latents: int, kept: int):
-        self.rank = torch.full((n_latents, kept), -torch.inf, dtype=torch.float64)
-        self.value = torch.zeros(n_latents, kept, dtype=torch.float32)
-        self.place = torch.full((n_latents, kept), -1, dtype=torch.long)
-
-    def add(self, rank: torch.Tensor, value: torch.Tensor, place: torch.Tensor) -> None:
-        """[F, B] each, places increasing along B; rank -inf is no entry."""
-        ranks = torch.cat([self.rank, rank], 1)
-        order = torch.argsort(ranks, dim=1, descending=True, stable=True)[:, : self.rank.shape[1]]
-        self.rank = ranks.gather(1, order)
-        self.value = torch.cat([self.value, value], 1).gather(1, order)
-        self.place = torch.cat([self.place, place], 1).gather(1, order)
-
-    def of(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
-        filled = self.rank[latent] > -torch.inf
-        return self.place[latent][filled], self.value[latent][filled]
-
-
-def _hash(x: torch.Tensor, seed: int) -> torch.Tensor:
-    """A fixed pseudo-random number in [0, 1) for every int64 (splitmix64's mixing)."""
-    z = x + (seed * 2 + 1) * -7046029254386353131
-    z = (z ^ _shift(z, 30)) * -4658895280553007687
-    z = (z ^ _shift(z, 27)) * -7723592293110705685
-    z = z ^ _shift(z, 31)
-    return _shift(z, 11).double() / 2.0**53
-
-
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    def between(self, latent: int, low: float, high: float, count: int) -> tuple[list[int], int]:
+        """Up to `count` places with an activation in (low, high], spread evenly over the stream,
+        and how many there are."""
+        places, values = self.of(latent)
+        found = places[(values > low) & (values <= high)]
+        taken = min(count, len(found))
+        return found[np.arange(taken) * len(found) // max(1, taken)].tolist(), len(found)

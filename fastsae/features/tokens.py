@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+
+from .stats import FeatureStats
+
+
+class TokenShares:
+    """Which tokens a latent's activation falls on, from the places where it fires.
+
+    Args:
+        tokens: [P] int64, the token id that the activation at each place counts for; -1 for none.
+    """
+
+    def __init__(self, stats: FeatureStats, tokens: torch.Tensor) -> None:
+        self._stats = stats
+        self._ids, self._column = np.unique(tokens.numpy(), return_inverse=True)
+
+    def of(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids of a latent by falling share of its activation, and these shares (sum 1)."""
+        places, values = self._stats.of(latent)
+        mass = np.bincount(self._column[places], np.abs(values), len(self._ids))
+        found = np.flatnonzero(mass * (self._ids >= 0))
+        found = found[np.argsort(-mass[found], kind="stable")]
+        shares = mass[found] / max(mass[found].sum(), 1e-300)
+        return torch.from_numpy(self._ids[found]), torch.from_numpy(shares)
 
 
 class TokenMass:
@@ -44,6 +70,24 @@ class TokenMass:
         tokens, mass = keys[low:high] - latent * self.shape[1], mass[low:high]
         order = torch.argsort(mass, descending=True, stable=True)
         return tokens[order], (mass / mass.sum().clamp(min=1e-300))[order]
+
+
+def stands_whole(tokens: torch.Tensor, texts: Mapping[int, str], n_tokens: int) -> torch.Tensor:
+    """[V] bool: tokens that more often than not are no piece of a longer word.
+
+    Args:
+        tokens: [W, T], windows of text.
+        texts: of the tokens that occur.
+    """
+    begins, ends = (torch.zeros(n_tokens, dtype=torch.bool) for _ in range(2))
+    for token, text in texts.items():
+        begins[token], ends[token] = text[:1].isalnum(), text[-1:].isalnum()
+    cut = ends[tokens[:, :-1]] & begins[tokens[:, 1:]]
+    piece = torch.zeros_like(tokens, dtype=torch.bool)
+    piece[:, 1:] |= cut
+    piece[:, :-1] |= cut
+    pieces = torch.bincount(tokens[piece], minlength=n_tokens)
+    return 2 * pieces < torch.bincount(tokens.reshape(-1), minlength=n_tokens)
 
 
 def own_tokens(

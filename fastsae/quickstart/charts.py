@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 12, 46  # room for labels that a phone can show
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number(x: float) -> str:
     """A short label: 1.5M, 200k, 0.35."""
+    x += 0.0  # no minus before a zero
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:g}{suffix}"
@@ -52,9 +53,10 @@ def line_chart(
     x_label: str,
     title: str,
     width: int = 430,
-    height: int = 210,
-    y_zero: bool = False,
+    height: int = 230,
     percent: bool = False,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    focus: tuple[float, float] | None = None,
     baseline: float | None = None,
     baseline_label: str = "",
     x_mark: float | None = None,
@@ -62,8 +64,10 @@ def line_chart(
     """An SVG element. Values that are not finite are left out.
 
     Args:
-        y_zero: let the y axis include 0.
         percent: label y as percentages.
+        bounds: values that y can take: the axis does not go beyond them.
+        focus: y shows these values and those between them, and lines are cut off where they
+            leave it; None: all values.
         baseline: a dashed horizontal line at this y.
         x_mark: a vertical line at this x.
     """
@@ -71,20 +75,16 @@ def line_chart(
         [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)] for one in series
     ]
     xs = [x for points in kept for x, _ in points]
-    ys = [y for points in kept for _, y in points]
+    ys = [y for points in kept for _, y in points] if focus is None else [*focus]
     if not xs:
         return ""
     if baseline is not None and not math.isfinite(baseline):
         baseline = None
     if baseline is not None:
         ys.append(baseline)
-    if y_zero:
-        ys.append(0.0)
     low_x, high_x = min(xs), max(xs)
-    low_y, high_y = min(ys), max(ys)
-    margin = 0.06 * (high_y - low_y) or 0.5
-    low_y = low_y if y_zero and low_y == 0 else low_y - margin
-    high_y += margin
+    margin = 0.06 * (max(ys) - min(ys)) or 0.5
+    low_y, high_y = max(min(ys) - margin, bounds[0]), min(max(ys) + margin, bounds[1])
     span_x = high_x - low_x or 1.0
 
     def px(x: float) -> float:
@@ -94,7 +94,7 @@ def line_chart(
         return TOP + (high_y - y) / (high_y - low_y) * (height - TOP - BOTTOM)
 
     def y_text(y: float) -> str:
-        return f"{100 * y:g}%" if percent else number(y)
+        return f"{100 * y + 0.0:.3g}%" if percent else number(y)
 
     out = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
@@ -103,12 +103,12 @@ def line_chart(
     for y in ticks(low_y, high_y):
         out.append(
             f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{py(y):.1f}" '
-            f'y2="{py(y):.1f}"/><text class="tick" x="{LEFT - 7}" y="{py(y) + 3.5:.1f}" '
+            f'y2="{py(y):.1f}"/><text class="tick" x="{LEFT - 7}" y="{py(y) + 4:.1f}" '
             f'text-anchor="end">{y_text(y)}</text>'
         )
     for x in ticks(low_x, high_x, 5):
         out.append(
-            f'<text class="tick" x="{px(x):.1f}" y="{height - BOTTOM + 16}" '
+            f'<text class="tick" x="{px(x):.1f}" y="{height - BOTTOM + 19}" '
             f'text-anchor="middle">{number(x)}</text>'
         )
     out.append(
@@ -126,6 +126,9 @@ def line_chart(
             f'y2="{py(baseline):.1f}"/><text class="tick" x="{width - RIGHT - 2}" '
             f'y="{py(baseline) - 4:.1f}" text-anchor="end">{escape(baseline_label)}</text>'
         )
+    x, y, w, h = LEFT - 5, TOP - 5, width - LEFT - RIGHT + 10, height - TOP - BOTTOM + 10
+    # a viewport of its own cuts off what lies outside
+    out.append(f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">')
     for one, points in zip(series, kept, strict=True):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
         out.append(f'<polyline class="line {one.style}" points="{path}"/>')
@@ -136,5 +139,5 @@ def line_chart(
                     f'<circle class="dot {one.style}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.6">'
                     f"<title>{escape(one.name)} at {number(x)}: {value}</title></circle>"
                 )
-    out.append("</svg>")
+    out.append("</svg></svg>")
     return "".join(out)

@@ -16,9 +16,9 @@ import torch
 from .._errors import UserError, one_line
 from .._files import json_text, write_text_atomic
 from .._waits import Waits, told
-from ..features.cards import Card, choose_latents, make_card, score_latents
+from ..features.cards import Card, CardMaker, choose_latents, score_latents, strongest_effects
 from ..features.stats import FeatureStats
-from ..features.tokens import TokenMass
+from ..features.tokens import TokenShares, stands_whole
 from ..lm.harvest import Store, Windows, collect
 from ..lm.load import Subject, load_subject
 from ..lm.readout import logit_effect
@@ -62,7 +62,12 @@ class Training:
 
 @dataclass
 class Result:
-    """Everything the report and the page are made of."""
+    """Everything the report and the page are made of.
+
+    Attributes:
+        cards: of the latents that are shown first, best first.
+        other_cards: of all others that fire, by index.
+    """
 
     settings: Settings
     subject: Subject
@@ -70,6 +75,7 @@ class Result:
     reconstruction: Reconstruction
     splice: SpliceLoss
     cards: list[Card]
+    other_cards: list[Card]
     steering: Steering | None
     max_activation: MaxActivations
     seconds: dict[str, float] = field(default_factory=dict)
@@ -99,7 +105,9 @@ class Result:
             "loss_recovered": self.splice.loss_recovered,
             "loss_curve": [list(point) for point in t.curve],
             "stats_tokens": self.max_activation.tokens,
+            "firing_latents": int((self.max_activation.values != 0).sum()),
             "features": [card.as_dict() for card in self.cards],
+            "other_features": [card.as_dict() for card in self.other_cards],
             "steering": None if self.steering is None else self.steering.as_dict(),
             "timing": {
                 "step_ms": t.step_ms,
@@ -152,10 +160,8 @@ def run(settings: Settings, progress: Progress) -> Result:
             settings, subject.model, subject.site, subject.tokenizer, training.sae, store,
             held_out, found, splice, progress,
         )  # fmt: skip
-        if steering is not None and steering.feature not in [c.index for c in found.cards]:
-            found.cards[-1:] = [found.card(steering.feature)]
     return Result(
-        settings, subject, training, quality, splice, found.cards, steering,
+        settings, subject, training, quality, splice, found.cards, found.other_cards, steering,
         MaxActivations(
             found.stats.max, found.stats.n_tokens, "the standard library's text", site=subject.site
         ),
@@ -296,27 +302,26 @@ class Found:
     """What is known of the latents after one pass over the text."""
 
     stats: FeatureStats
-    fires: TokenMass
-    follows: TokenMass
+    fires: TokenShares
     promoted: torch.Tensor  # [F, P] token ids
-    words: torch.Tensor  # [V] bool, tokens with three letters or a digit
+    words: torch.Tensor  # [V] bool, tokens with three letters or a digit that stand as whole words
     cards: list[Card]
+    other_cards: list[Card]
     candidates: list[int]
-    card: Callable[[int], Card]
 
 
 @torch.no_grad()
 def study_latents(
     settings: Settings, subject: Subject, sae: TopKSAE, store: Store, progress: Progress
 ) -> Found:
-    """Statistics of every latent, and cards of those that read best."""
+    """Statistics and cards of the latents, first of those that read best."""
     tokens = store.windows.kept
     n_windows, per_window = tokens.shape
     n_windows = min(n_windows, max(1, settings.stats_tokens // per_window))
+    tokens = tokens[:n_windows]
     vocabulary = subject.model.get_output_embeddings().weight.shape[0]
-    stats = FeatureStats(sae.d_sae, seed=settings.seed)
-    fires, follows = TokenMass(sae.d_sae, vocabulary), TokenMass(sae.d_sae, vocabulary)
-    with progress("Reading the latents", n_windows * per_window) as advance:
+    stats = FeatureStats(sae.d_sae)
+    with progress("Reading the latents", tokens.numel()) as advance:
         step = 128
         for first in range(0, n_windows, step):
             last = min(first + step, n_windows)
@@ -324,33 +329,37 @@ def study_latents(
             x = store.activations[first * per_window : last * per_window]
             values, indices, _ = sae.encode(x.view(last - first, per_window, -1))
             stats.update(values, indices, places)
-            here = tokens[first:last]
-            fires.update(values.flatten(0, 1), indices.flatten(0, 1), here.reshape(-1))
-            follows.update(
-                values[:, :-1].flatten(0, 1), indices[:, :-1].flatten(0, 1),
-                here[:, 1:].reshape(-1),
-            )  # fmt: skip
-            advance(here.numel())
-    counts = torch.bincount(tokens[:n_windows].reshape(-1), minlength=vocabulary)
-    effect = logit_effect(subject.model, sae.W_dec)
+            advance(places.numel())
+    following = torch.full_like(tokens, -1)
+    following[:, :-1] = tokens[:, 1:]
+    fires, follows = (TokenShares(stats, ids.reshape(-1)) for ids in (tokens, following))
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocabulary)
     text = TokenText(subject.tokenizer)
+    seen = counts.nonzero().flatten().tolist()
     words = torch.zeros(vocabulary, dtype=torch.bool)
-    for token in counts.nonzero().flatten().tolist():
-        words[token] = is_word(text[token])
+    words[seen] = torch.tensor([is_word(text[token]) for token in seen])
+    words &= stands_whole(tokens, {token: text[token] for token in seen}, vocabulary)
+    alike = torch.arange(vocabulary)
+    same: dict[str, int] = {}
+    for token in seen:  # space and case aside
+        alike[token] = same.setdefault(text[token].strip().casefold(), token)
+    effects = strongest_effects(logit_effect(subject.model, sae.W_dec), counts)
+    promoted = effects.promoted
     min_count = max(3, min(100, stats.n_tokens // 2500))
-    scores = score_latents(stats, fires, follows, effect, counts, words, min_count=min_count)
+    scores = score_latents(stats, fires, follows, promoted, counts, words, min_count=min_count)
     many = 2 * max(settings.cards, settings.candidates)
-    chosen = choose_latents(scores, fires, sae.W_dec, many)
+    chosen = choose_latents(scores.score, sae.W_dec, fires, promoted, alike, many)
     # a reader sees words come and go: candidates for steering promote mostly words
-    worded = [j for j in chosen if words[scores.promoted[j]].float().mean() >= 0.6]
-
-    def card(latent: int) -> Card:
-        return make_card(latent, sae, store, stats, scores, fires, follows, effect, text)
-
-    cards = [card(j) for j in chosen[: settings.cards]]
+    worded = [j for j in chosen if words[promoted[j]].float().mean() >= 0.6]
+    maker = CardMaker(stats, scores, effects, fires, follows, store.windows, text)
+    shown, candidates = chosen[: settings.cards], worded[: settings.candidates]
+    by_count = torch.argsort(stats.count, descending=True, stable=True)[: settings.max_cards]
+    firing = by_count[stats.count[by_count] > 0].tolist()
+    others = sorted({*firing, *candidates} - {*shown})
     return Found(
-        stats, fires, follows, scores.promoted, words, cards, worded[: settings.candidates], card
-    )
+        stats, fires, promoted, words, [maker.card(j) for j in shown],
+        [maker.card(j) for j in others], candidates,
+    )  # fmt: skip
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -373,8 +382,17 @@ def write(result: Result) -> Path:
         result.training.sae.save_pretrained(out / "sae")
         result.max_activation.save(out / "sae" / MAX_ACTIVATION)
         page = out / "index.html"
-        write_text_atomic(out / "report.json", json_text(report))
+        write_text_atomic(out / "report.json", report_text(report))
         write_text_atomic(page, render(report))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {one_line(error)}") from error
     return page.resolve()
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """`json_text`, but that each of the many other cards is one line."""
+    from .page import compact
+
+    rest = {key: value for key, value in report.items() if key != "other_features"}
+    cards = ",\n".join(map(compact, report["other_features"]))
+    return json_text(rest).removesuffix("\n}\n") + f',\n "other_features": [\n{cards}\n ]\n}}\n'

@@ -40,7 +40,8 @@ class Settings:
     dead_after: int = 60_000  # tokens without firing
     plain_steps: int = 15  # of the comparison, each
 
-    cards: int = 24
+    cards: int = 24  # shown first
+    max_cards: int = 16_384  # on the page, of the latents that fire most often
     candidates: int = 24  # latents screened for steering
     sample_tokens: int = 64
     samples: int = 16  # texts per point of the sweep

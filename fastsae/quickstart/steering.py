@@ -1,7 +1,8 @@
-"""Which latent to turn up, how far, and what that does to the text."""
+"""Which latent to turn up, by which method and how far, and what that does to the text."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from ..features.tokens import own_tokens
 from ..lm.harvest import Store, Windows
 from ..lm.splice import SpliceLoss, cross_entropy
-from ..lm.tokens import TokenText
+from ..lm.tokens import TokenText, head
 from ..nn import TopKSAE
 from ..steer import Steerer, add_vector, attach, clamp
 from ..steer.concept import leads
@@ -63,60 +64,80 @@ class Screened:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The point of one method that has the most effect after damage.
+
+    Attributes:
+        net: its effect minus its damage (`net_effect`).
+        texts: prompts continued there; the first is the one of median effect.
+    """
+
+    point: Point
+    net: float
+    texts: list[Text]
+
+
+@dataclass(frozen=True)
 class Steering:
     """Attributes:
     feature: the latent that was turned up.
     own_tokens: its top tokens: where it fires, and what its decoder promotes.
     max_activation: the unit of the strengths, over `stats_tokens` of the report.
-    strength, value: the clamp chosen by the sweep; value = strength * max_activation.
-    base: the unsteered model. points: the sweep, both methods.
-    texts: prompts continued; the first is the one of median effect.
+    base: the unsteered model. points: the sweep, both methods. net: of each point.
+    best: of each method, the better one first; that one is shown.
     screened: the candidates, best first.
     """
 
     feature: int
     own_tokens: list[str]
     max_activation: float
-    strength: float
-    value: float
     base: Point
-    chosen: Point
     points: list[Point]
     net: list[float]
-    texts: list[Text]
+    best: list[Best]
     screened: list[Screened]
     sampling: Sampling
     loss_scale: float
 
     def as_dict(self) -> dict[str, Any]:
-        first = self.texts[0]
+        winner, *others = self.best
+        first, chosen = winner.texts[0], winner.point
+        harm = damage(chosen, self.base, self.loss_scale)
         return {
             "feature": self.feature,
             "own_tokens": self.own_tokens,
-            "strength": self.strength,
+            "method": chosen.method,
+            "strength": chosen.strength,
             "unit": "max_activation",
             "max_activation": self.max_activation,
-            "value": self.value,
+            "value": chosen.strength * self.max_activation,
+            "net_effect": winner.net,
             "prompt": first.prompt,
             "before": first.prompt + "".join(first.before),
             "after": first.prompt + "".join(first.after),
             "effect": {
                 "share_before": self.base.share,
-                "share_after": self.chosen.share,
-                "tokens_sampled": len(self.texts) * self.sampling.new_tokens,
+                "share_after": chosen.share,
+                "gain": winner.net + harm,
+                "tokens_sampled": len(winner.texts) * self.sampling.new_tokens,
             },
             "damage": {
                 "loss_before": self.base.loss,
-                "loss_after": self.chosen.loss,
+                "loss_after": chosen.loss,
                 "distinct_bigrams_before": self.base.distinct_bigrams,
-                "distinct_bigrams_after": self.chosen.distinct_bigrams,
+                "distinct_bigrams_after": chosen.distinct_bigrams,
                 "loss_scale": self.loss_scale,
+                "total": harm,
             },
             "sweep": [
                 {**asdict(point), "net_effect": net}
                 for point, net in zip(self.points, self.net, strict=True)
             ],
-            "texts": [asdict(text) for text in self.texts],
+            "texts": [asdict(text) for text in winner.texts],
+            "other_methods": [
+                {**asdict(one.point), "net_effect": one.net, "text": asdict(one.texts[0])}
+                for one in others
+            ],
             "screened": [asdict(one) for one in self.screened],
             "sampling": asdict(self.sampling),
         }
@@ -124,6 +145,27 @@ class Steering:
 
 def words_of(found: Found, latent: int) -> torch.Tensor:
     return own_tokens(found.fires.of(latent), found.promoted[latent], found.words)
+
+
+def choose_prompts(held_out: Windows, tokenizer: Any, count: int, length: int) -> torch.Tensor:
+    """[count, length] tokens, one prompt of each window: the BOS, where there is one, and the first
+    stretch that begins and ends with a whole word or mark, not in white space."""
+    text, first = TokenText(tokenizer), len(head(tokenizer))
+    rows = held_out.tokens[:count].tolist()
+    return torch.tensor([row[:first] + _stretch(row[first:], text, length - first) for row in rows])
+
+
+def _stretch(tokens: list[int], text: TokenText, length: int) -> list[int]:
+    pieces = [text[token] for token in tokens]
+
+    def cuts(at: int) -> bool:  # a word
+        return pieces[at - 1][-1:].isalnum() and pieces[at][:1].isalnum()
+
+    ends = [at for at in range(length, len(tokens)) if pieces[at - 1][-1:].strip() and not cuts(at)]
+    begins = [at - length for at in ends if at > length and not cuts(at - length)]
+    whole = [at for at in begins if pieces[at].lstrip(" ")[:1].strip()]
+    begin = next(iter(whole or [at - length for at in ends]), 0)
+    return tokens[begin : begin + length]
 
 
 def steer(
@@ -141,7 +183,8 @@ def steer(
     """Screens the candidates, sweeps the best one, and samples text with it.
 
     A candidate's score is the gain in the share of its own tokens in sampled text, minus the
-    damage (`fastsae.steer.sweep`). None when no latent is usable.
+    damage (`fastsae.steer.sweep`), by a clamp. The sweep sets clamps against a difference of
+    means, and its best point of all is what is shown. None when no latent is usable.
     """
     if not found.candidates:
         return None
@@ -166,7 +209,7 @@ def _steer(
     sampling = Sampling(new_tokens=settings.sample_tokens, seed=settings.seed)
     count = min(settings.samples, len(held_out))
     length = min(24, held_out.tokens.shape[1] // 2)
-    prompts = held_out.tokens[:count, :length]
+    prompts = choose_prompts(held_out, tokenizer, count, length)
     loss_windows = held_out.select(range(min(8, len(held_out))))
     loss_scale = max(1e-6, splice.ce_zero_ablated - splice.ce_clean)
     points = 2 * len(settings.strengths)
@@ -213,23 +256,34 @@ def _steer(
                     )
                 )
     net = [net_effect(point, base, loss_scale) for point in swept]
-    clamps = [i for i, point in enumerate(swept) if point.method == CLAMP]
-    chosen = swept[max(clamps, key=lambda i: net[i])]
+    best = [
+        Best(
+            swept[i], net[i],
+            _texts(tokenizer, prompts, before, texts[swept[i].method, swept[i].strength], own),
+        )
+        for i in best_of_each(swept, net)
+    ]  # fmt: skip
     return Steering(
         feature=latent,
         own_tokens=[TokenText(tokenizer)[t] for t in own.tolist()],
         max_activation=unit,
-        strength=chosen.strength,
-        value=chosen.strength * unit,
         base=base,
-        chosen=chosen,
         points=swept,
         net=net,
-        texts=_texts(tokenizer, prompts, before, texts[CLAMP, chosen.strength], own),
+        best=best,
         screened=screened,
         sampling=sampling,
         loss_scale=loss_scale,
     )
+
+
+def best_of_each(points: list[Point], net: list[float]) -> list[int]:
+    """The number of each method's best point, that of the best method first."""
+    order = sorted(range(len(points)), key=lambda i: -net[i] if math.isfinite(net[i]) else math.inf)
+    best: dict[str, int] = {}
+    for i in order:
+        best.setdefault(points[i].method, i)
+    return list(best.values())
 
 
 def _screen(

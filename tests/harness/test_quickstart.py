@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,19 @@ pytest.importorskip("typer")
 pytest.importorskip("jinja2")
 
 from fastsae._errors import UserError
+from fastsae.features.cards import Card, Interval
+from fastsae.features.excerpts import Example
+from fastsae.lm.harvest import Windows
 from fastsae.lm.load import EMBEDDED_MODEL, load_subject
 from fastsae.nn import TopKSAE
 from fastsae.quickstart import pipeline
 from fastsae.quickstart.charts import Series, line_chart, ticks
-from fastsae.quickstart.page import chip, flow, render
+from fastsae.quickstart.page import embedded, flow, render
 from fastsae.quickstart.pipeline import TIMING_KEYS, run, write
 from fastsae.quickstart.settings import Settings
+from fastsae.quickstart.steering import Best, Steering, Text, best_of_each, choose_prompts
 from fastsae.steer import MaxActivations
+from fastsae.steer.sweep import Point, Sampling, damage, net_effect
 
 NEEDED = {
     "tokens", "tokens_per_s", "speedup_vs_torch", "fvu", "l0", "dead_fraction", "ce_clean",
@@ -66,6 +74,14 @@ def test_a_slow_machine_trains_for_fewer_steps(monkeypatch, tmp_path, step_s, st
     assert pipeline.affordable_steps(replace(asked, train_s=None), sae, x) == 40
 
 
+def cards_in(html: str) -> list[dict[str, Any]]:
+    """What the page's script draws cards from."""
+    found = re.search(r'<script type="application/json" id="cards-data">(.*?)</script>', html, re.S)
+    assert found
+    cards: list[dict[str, Any]] = json.loads(found[1])
+    return cards
+
+
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key not in TIMING_KEYS}
 
@@ -82,23 +98,39 @@ def test_end_to_end_and_the_same_seed_repeats(tmp_path: Path) -> None:
     assert report["ce_clean"] < report["ce_spliced"] < report["ce_zero_ablated"]
     assert 0 < report["loss_recovered"] < 1
     assert report["tokens"] == 20 * 256
-    for feature in report["features"]:
-        assert feature["top_examples"]
-        assert feature["max_activation"] > 0
-        assert 0 < feature["density"] < 1
+    every = report["features"] + report["other_features"]
+    assert len(report["features"]) == 4
+    assert len({card["index"] for card in every}) == len(every) == report["firing_latents"] > 100
+    for card in every:
+        assert card["intervals"][0]["examples"] and card["title"]
+        assert card["max_activation"] > 0
+        assert 0 < card["density"] < 1
+        assert sum(card["histogram"]) == pytest.approx(
+            card["density"] * report["stats_tokens"], rel=1e-3
+        )
+        for interval in card["intervals"]:
+            for example in interval["examples"]:
+                text = "".join(example["pieces"])
+                assert text and not text.endswith("\n") and "\n\n" not in text
     steering = report["steering"]
     assert steering["strength"] in (1.0, 2.0)
+    assert steering["feature"] in {card["index"] for card in every}
     assert steering["before"].startswith(steering["prompt"])
     assert steering["after"].startswith(steering["prompt"])
+    assert steering["prompt"].strip() and not steering["prompt"][-1].isspace()
     assert {p["method"] for p in steering["sweep"]} == {"clamp", "difference of means"}
+    assert steering["net_effect"] == max(p["net_effect"] for p in steering["sweep"])
     html = page.read_text()
-    assert "<script" not in html
-    assert "http" not in html.split("<body>")[0]
+    assert "default-src 'none'" in html
+    assert not re.search(r"""(src|href)=["'](?!#)""", html.split("<body>")[0])
+    assert cards_in(html) == every
+    again = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert render(again) == html  # without training
     sae = fastsae.nn.TopKSAE.from_pretrained(tmp_path / "a" / "sae")
     assert sae.d_sae == 256
 
-    again = run(small(tmp_path / "b"), silent).report()
-    assert without_times(json.loads(json.dumps(again))) == without_times(report)
+    repeated = run(small(tmp_path / "b"), silent).report()
+    assert without_times(json.loads(json.dumps(repeated))) == without_times(report)
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -187,11 +219,50 @@ def test_a_missing_package_says_how_to_get_it() -> None:
 def test_model_text_is_escaped() -> None:
     evil = "<script>alert('x')</script>&\n"
     assert "<script" not in flow(evil)
-    assert "<script" not in chip(evil)
     assert "↵" in flow(evil)
+    assert "<" not in embedded([{"title": "</script><script>"}])
+    assert cards_in(render(report_of_nothing() | {"features": [card(title=evil)]})) == [
+        card(title=evil)
+    ]
     assert "<b>" not in line_chart(
         [Series("<b>", [(0.0, 1.0), (1.0, 2.0)])], x_label="<b>", title="<b>"
     )
+
+
+def tick_labels(svg: str) -> list[str]:
+    return re.findall(r'<text class="tick"[^>]*text-anchor="end">([^<]*)', svg)
+
+
+def test_charts_show_no_value_that_cannot_be() -> None:
+    def labels(*ys: float, percent: bool = True) -> list[str]:
+        points = [(float(x), y) for x, y in enumerate(ys)]
+        bounds = (0.0, 1.0) if percent else (0.0, float("inf"))
+        series = [Series("s", points)]
+        svg = line_chart(series, x_label="", title="", percent=percent, bounds=bounds)
+        return tick_labels(svg)
+
+    for ys in [(0.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.01, 0.02), (0.97, 1.0), (0.0, 0.003)]:
+        shown = labels(*ys)
+        assert shown and all(0 <= float(label[:-1]) <= 100 for label in shown), shown
+        assert not any(label.startswith("-") for label in shown)
+    assert not any(label.startswith("-") for label in labels(0.0, 5.0, percent=False))
+
+
+def test_charts_show_the_range_in_focus_and_cut_off_the_rest() -> None:
+    series = [Series("s", [(0.0, 0.2), (1.0, 0.3), (2.0, 900.0)])]
+    svg = line_chart(series, x_label="", title="", focus=(0.2, 0.3))
+    assert all(0.1 < float(label) < 0.4 for label in tick_labels(svg))
+    inside = re.search(r'<svg x="[^"]*" y="(\d+)" width="[^"]*" height="(\d+)"', svg)
+    assert inside and "polyline" in svg[inside.end() :]  # drawn in a viewport that cuts it off
+    top, height = map(int, inside.groups())
+    ys = [float(y) for y in re.findall(r'<circle[^>]*cy="([^"]*)"', svg)]
+    assert [top <= y <= top + height for y in ys] == [True, True, False]
+
+
+def test_the_loss_curve_leaves_its_first_steps_out_of_the_range() -> None:
+    curve = [[i, 50.0 if i == 0 else 0.5 - 0.002 * i] for i in range(120)]
+    html = render(report_of_nothing() | {"loss_curve": curve})
+    assert all(0 <= float(y) < 1 for y in tick_labels(html) if not y.startswith("held"))
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -206,9 +277,22 @@ def report_of_nothing() -> dict[str, Any]:
         "tokens_per_s": 1.0, "speedup_vs_torch": 2.0, "fvu": 0.1, "l0": 2.0, "dead_fraction": 0.0,
         "held_out_tokens": 5, "ce_clean": 1.0, "ce_spliced": 1.1, "ce_zero_ablated": 3.0,
         "loss_recovered": 0.95, "loss_curve": [[1, 0.5], [2, 0.2]], "stats_tokens": 10,
-        "features": [], "steering": None, "busy": "", "steps": 3, "steps_planned": 3,
+        "firing_latents": 0, "features": [], "other_features": [], "steering": None, "busy": "",
+        "steps": 3, "steps_planned": 3,
         "timing": {"step_ms": 1.0, "plain_step_ms": 2.0, "threads": 1, "seconds": {}},
     }  # fmt: skip
+
+
+def card(**changes: Any) -> dict[str, Any]:
+    example = Example("a/file.py", ["some ", "cat", " and\nmore"], [0.0, 2.0, 0.0], 1)
+    made = Card(
+        index=7, title="cat, dog", max_activation=4.0, density=0.25, fires_on=[(" cat", 0.75)],
+        promotes=[(" purrs", 0.5), ("\n\n   ", 0.25)], suppresses=[(" barks", -0.5)],
+        followed_by=[], agreement=0.5, concentration=0.75, histogram=[4, 0, 1],
+        intervals=[Interval(0.75, 1.0, 0.2, []), Interval(0.25, 0.5, 0.1, [example])],
+    )  # fmt: skip
+    shown: dict[str, Any] = json.loads(json.dumps(replace(made, **changes).as_dict()))
+    return shown
 
 
 def test_page_renders_without_steering() -> None:
@@ -220,6 +304,193 @@ def test_page_renders_without_steering() -> None:
     told = render(slow)
     assert "on a busy machine: threads waited for a core 48%" in told
     assert "Trained for 1 steps of 3, because steps were slow" in told
+
+
+def test_latents_without_a_card_are_told() -> None:
+    cards = {"features": [card()], "other_features": [card(index=8)]}
+    assert "left out" not in render(report_of_nothing() | cards | {"firing_latents": 2})
+    told = render(report_of_nothing() | cards | {"firing_latents": 1236})
+    assert "The 1,234 that fire least are left out." in told
+
+
+CLAMP, VECTOR = "clamp", "difference of means"
+
+
+def steering_of(points: list[Point]) -> Steering:
+    base = Point("none", 0.0, 0.01, 0.8, 3.0)
+    net = [net_effect(point, base, 5.0) for point in points]
+    best = []
+    for i in best_of_each(points, net):
+        after = [f" {points[i].method}", "\n"]
+        best.append(Best(points[i], net[i], [Text("Once", [" a"], after, [False], [True, False])]))
+    return Steering(7, [" cat", "cat"], 2.0, base, points, net, best, [], Sampling(2), 5.0)
+
+
+def test_the_best_point_of_both_methods_is_shown_and_justified() -> None:
+    points = [
+        Point(CLAMP, 1.0, 0.05, 0.8, 3.1), Point(CLAMP, 2.0, 0.15, 0.8, 3.2),
+        Point(VECTOR, 1.0, 0.21, 0.8, 3.1), Point(VECTOR, 2.0, 0.9, 0.1, 9.0),
+    ]  # fmt: skip
+    steering = steering_of(points)
+    got = steering.as_dict()
+    assert (got["method"], got["strength"], got["value"]) == (VECTOR, 1.0, 2.0)
+    assert got["net_effect"] == max(steering.net) == pytest.approx(0.20 - 0.02)
+    assert got["effect"]["gain"] == pytest.approx(0.20)
+    assert got["damage"]["total"] == damage(points[2], steering.base, 5.0)
+    assert [(o["method"], o["strength"]) for o in got["other_methods"]] == [(CLAMP, 2.0)]
+    html = text_of(render(report_of_nothing() | {"steering": got}))
+    assert "The difference-of-means vector of latent 7's tokens is added at every token" in html
+    assert "The difference of means at 1× has the most effect after damage of all: +0.180" in html
+    assert "The best clamp, at 2×, has +0.100, so the vector is what is shown, although" in html
+    before, after = html.index("Before Once a"), html.index("After: difference of means at 1× Once")
+    assert before < after < html.index("After: clamp at 2× Once clamp")
+
+    html = text_of(
+        render(report_of_nothing() | {"steering": steering_of([*points[:2], points[3]]).as_dict()})
+    )
+    assert "Latent 7 is held at 2× its largest activation" in html
+    assert "The clamp at 2× has the most effect after damage of all: +0.100" in html
+    assert "The best difference of means, at 2×, has" in html
+    assert "although the clamp" not in html
+
+
+def text_of(html: str) -> str:
+    """A page's running text."""
+    body = re.sub(r"<(style|script).*?</\1>", "", html, flags=re.S)
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", body.replace("<pre>", " <pre>"))).split())
+
+
+def test_a_sweep_without_a_gain_says_so() -> None:
+    points = [Point(CLAMP, 1.0, 0.01, 0.7, 3.5), Point(VECTOR, 1.0, 0.01, 0.6, 4.0)]
+    html = text_of(render(report_of_nothing() | {"steering": steering_of(points).as_dict()}))
+    assert (
+        "Damage outweighs effect at every one of them; the clamp at 1× loses least: -0.225" in html
+    )
+
+
+def test_sweep_charts_leave_out_strengths_that_break_the_text() -> None:
+    points = [
+        Point(method, strength, share, bigrams, loss)
+        for method in (CLAMP, VECTOR)
+        for strength, share, bigrams, loss in
+        [(1.0, 0.1, 0.8, 3.1), (2.0, 0.2, 0.75, 3.4), (5.0, 0.99, 0.02, 900.0)]
+    ]  # fmt: skip
+    html = render(report_of_nothing() | {"steering": steering_of(points).as_dict()})
+    for svg in html.split('<svg class="chart"')[1:5]:
+        assert "at 2: " in svg and "at 5: " not in svg
+        assert all(float(label.rstrip("%")) < 100 for label in tick_labels(svg))
+    assert "900.000" in html  # the table has it
+
+
+def test_points_that_are_no_number_do_not_win() -> None:
+    points = [Point(CLAMP, s, 0.1, 0.8, 3.0) for s in (1.0, 2.0)] + [
+        Point(VECTOR, 1.0, 0.1, 0.8, 3.0)
+    ]
+    assert best_of_each(points, [float("nan"), 0.1, 0.2]) == [2, 1]
+
+
+class Words:
+    """A tokenizer whose tokens are the pieces given."""
+
+    def __init__(self, pieces: list[str], bos: int | None = None) -> None:
+        self.vocabulary, self.bos_token_id = pieces, bos
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.vocabulary[i] for i in ids)
+
+
+def test_prompts_are_whole_words_and_do_not_end_in_a_line_end() -> None:
+    tokenizer = Words(["<s>", "ler", " hand", "\n", " the", " end", "ing", "."], bos=0)
+    windows = torch.tensor([
+        [0, 1, 4, 2, 1, 3, 4, 5, 6],  # ler| the handler\n| the ending
+        [0, 4, 5, 7, 3, 3, 3, 3, 3],  # a whole one at once
+        [0, 3, 3, 3, 3, 3, 3, 3, 3],  # there is none
+    ])  # fmt: skip
+    got = choose_prompts(Windows(windows, ["a", "b", "c"]), tokenizer, 3, 4)
+    assert [tokenizer.decode(row) for row in got.tolist()] == [
+        "<s> the handler", "<s> the end.", "<s>\n\n\n",
+    ]  # fmt: skip
+    tokenizer.bos_token_id = None
+    got = choose_prompts(Windows(windows[:2, 1:], ["a", "b"]), tokenizer, 1, 3)
+    assert tokenizer.decode(got[0].tolist()) == " the handler"
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+ACTIONS = """
+<script>
+function told() {
+  const rows = [...document.querySelectorAll("#latents .latent")].map((row) => row.dataset.latent);
+  const text = (element) => element && element.textContent.replace(/\\s+/g, " ").trim();
+  const title = document.querySelector("#opened .card h3");
+  return { rows, found: text(document.getElementById("found")), opened: text(title) };
+}
+function look(words) {
+  query.value = words;
+  query.dispatchEvent(new Event("input"));
+  return told();
+}
+const out = { first: told(), shown: document.querySelectorAll("#cards .card").length };
+out.card = document.querySelector("#cards .card").textContent;
+out.marks = [...document.querySelectorAll("#cards .card .excerpt .on")].map(
+  (on) => on.textContent + on.style.getPropertyValue("--a"));
+out.word = look("whale"); out.token = look("PURRS"); out.number = look("12");
+out.both = look("dog cat"); out.all = look("");
+document.querySelector("[data-sort=density]").click();
+out.densest = told();
+document.querySelector("#latents [data-latent='12']").click();
+addEventListener("hashchange", () => {
+  out.clicked = told();
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(out);
+  document.body.append(result);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser here")
+def test_in_a_browser_every_latent_is_found_and_drawn(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=document.title='broken'>"
+    cards = [
+        card(),
+        card(index=12, title="a whale", density=0.5, promotes=[]),
+        card(index=3, title=evil),
+    ]
+    cards += [card(index=100 + i, title="dog", promotes=[], fires_on=[]) for i in range(600)]
+    report = report_of_nothing() | {"features": cards[:2], "other_features": cards[2:]}
+    page = tmp_path / "index.html"
+    page.write_text(render(report).replace("</body>", ACTIONS + "</body>"))
+    done = subprocess.run(
+        [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+         page.as_uri() + "#latent-3"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
+    assert found, done.stderr
+    out = json.loads(unescape(found[1]))
+    assert out["shown"] == 2
+    assert "fires on 25% of tokens" in out["card"] and "↵␣×3+0.25" in out["card"].replace(
+        "\u21b5", "↵"
+    )
+    assert "−0.50" in out["card"] and "some cat and↵ more" in out["card"]
+    assert out["marks"] == ["cat0.50"] * 2
+    assert out["first"]["opened"] == evil  # the address named it
+    assert out["first"]["rows"][:3] == ["3", "7", "12"]
+    assert 3 < len(out["first"]["rows"]) < 603 == len(cards)  # drawn as one scrolls
+    assert out["first"]["found"] == "603 of 603"
+    assert out["word"]["rows"] == ["12"]
+    assert out["token"]["rows"] == ["3", "7"]
+    assert out["number"]["rows"][:2] == ["12", "112"]
+    assert out["both"]["rows"] == ["7"]
+    assert out["all"]["found"] == "603 of 603"
+    assert out["densest"]["rows"][0] == "12"
+    assert out["clicked"]["opened"] == "a whale"
+    assert "broken" not in re.search("<title>(.*?)</title>", done.stdout)[1]  # type: ignore[index]
 
 
 class _Result:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae.features.cards import _where as place_of
+from fastsae.features.excerpts import Reader
 from fastsae.lm.harvest import Windows, activations_at, collect, stream_activations, windows_of
 from fastsae.lm.sites import edited, find_site
 from fastsae.lm.splice import cross_entropy, splice_loss
@@ -107,7 +107,8 @@ def test_positions_left_out_are_one_setting(skip_first):
     edit = lambda x: torch.cat([x[:, :skip_first], sae(x[:, skip_first:])], 1)  # noqa: E731
     assert found.ce_spliced == cross_entropy(model, windows, edited(module, edit))
     place = len(store) - 1
-    assert place_of(store, place) == (2, 7)
+    shown = Reader(store.windows, text=None).wording(place)  # type: ignore[arg-type]
+    assert shown[-1] == windows.tokens[2, 7]
 
 
 @pytest.mark.parametrize("skip_first", [-1, 8, 9])

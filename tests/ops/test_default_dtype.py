@@ -88,7 +88,7 @@ def steered():
 
 
 def statistics():
-    stats = FeatureStats(F, kept=4, sampled=2)
+    stats = FeatureStats(F, kept=4)
     values, indices, _ = TopKSAE(D, F, K, seed=0, dtype=torch.float32).encode(
         randn(6, 7, D, seed=5)
     )
