@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _ROUND_TO_ZERO = interpreter._ir.ROUNDING_MODE.RTZ
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -70,10 +71,13 @@ class ExactBf16Builder(InterpreterBuilder):
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        if op in _COMPARISONS:
+            # the interpreter calls the result a number of lhs's type, which 3.9 then makes of it
+            wide = [_wide_handle(h).data for h in (lhs, rhs)]
+            return TensorHandle(np.asarray(op(*wide), dtype=bool), tl.int1)
         if not _is_bf16(lhs) or op in _BITWISE:
             return super().binary_op(lhs, rhs, op)
-        result = op(_widen(lhs.data), _widen(rhs.data))
-        return TensorHandle(result, tl.int1) if result.dtype == bool else self._to_bf16(result)
+        return self._to_bf16(op(_widen(lhs.data), _widen(rhs.data)))
 
     def unary_op(self, arg: TensorHandle, op: Any) -> TensorHandle:
         if not _is_bf16(arg):
