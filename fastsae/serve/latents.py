@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .report import Report
 from .words import WORD, Words, shown
 
 _LABEL = 6  # words of a label
-_LOOKED_AT = 64  # tokens that they are chosen from
+_LOOKED_AT = (64, 1024)  # tokens that they are chosen from; more where few can be read
 _CARD = 10  # tokens at either end that a card shows
 _STRONG = 0.4  # of the strongest effect on a word: a latent that promotes it
 _SAMPLED = 4096  # latents that the clearest labels are looked for among
@@ -110,9 +111,15 @@ class Latents:
         if self._readout is None:
             known = [self._report.latents.get(j) for j in latents]
             return [[] if k is None else self.words.label(k.promotes, _LABEL) for k in known]
-        effect = self.sae.W_dec[list(latents)] @ self._readout
-        top = effect.topk(min(_LOOKED_AT, effect.shape[1]), dim=1).indices.tolist()
-        return [self.words.label((self.words[t] for t in row), _LABEL) for row in top]
+        labels: list[list[str]] = []
+        for effect in self.sae.W_dec[list(latents)] @ self._readout:
+            label: list[str] = []
+            for most in _LOOKED_AT:
+                if len(label) < _LABEL:
+                    tokens = effect.topk(min(most, len(effect))).indices.tolist()
+                    label = self.words.label((self.words[t] for t in tokens), _LABEL)
+            labels.append(label)
+        return labels
 
     def _maximum(self, latent: int) -> float | None:
         largest = self.sae.max_activation
@@ -160,11 +167,11 @@ class Latents:
 
     def _readable(self, effect: torch.Tensor) -> list[tuple[str, float]]:
         """The tokens of the largest values that can be read, pieces of words too."""
-        best = effect.topk(min(_LOOKED_AT, len(effect)))
-        texts = [self.words[t] for t in best.indices.tolist()]
+        best = effect.topk(min(_LOOKED_AT[-1], len(effect)))
+        texts = (self.words[t] for t in best.indices.tolist())
         pairs = zip(texts, best.values.tolist(), strict=True)
-        readable = [(shown(t), round(v, 3)) for t, v in pairs if self.words.kind(t) is not None]
-        return readable[:_CARD]
+        readable = ((shown(t), round(v, 3)) for t, v in pairs if self.words.kind(t) is not None)
+        return list(islice(readable, _CARD))
 
     # -- a text -----------------------------------------------------------------------------------
 

@@ -232,6 +232,6 @@ def _wrong(errors: Sequence[Any]) -> str:
             return f"At most {MAX_OPS} latents can be edited at a time."
         if len(where) > 1 and isinstance(where[1], int):
             return f"Edit {where[1] + 1} has a number or a choice that is not possible."
-    if where[:1] == ["prompt"] and errors[0]["type"] == "value_error":
-        return "The prompt has a character in it that is none."
+    if where[:1] == ["prompt"] and errors[0]["type"] not in ("missing", "string_too_short"):
+        return "The prompt cannot be read as text."
     return _WRONG.get(str(where[0]) if where else "", "The server cannot read this request.")

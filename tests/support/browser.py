@@ -91,6 +91,13 @@ class Browser:
         self.call("Page.navigate", url=url)
         self.until("document.body && document.body.dataset.ready === '1'")
 
+    def press(self, key):
+        code = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        same = dict(key=key, windowsVirtualKeyCode=code)
+        typed = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **same, **typed)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **same)
+
     def size(self, width, height, mobile=False):
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
