@@ -144,7 +144,7 @@ class Latents:
                 rows.tolist(), height.tolist(), tokens.tolist(), strict=True
             ):
                 texts = [self.words[t] for t in ids]
-                says = [self.words.kind(t) == WORD and any(map(str.isalpha, t)) for t in texts]
+                says = [self.words.kind(t) == WORD and sum(map(str.isalpha, t)) > 2 for t in texts]
                 scored.append((sum(h for h, s in zip(heights, says, strict=True) if s), j))
         return [j for _, j in sorted(scored, key=lambda s: (-s[0], s[1]))]
 
@@ -221,10 +221,10 @@ class Latents:
 
     @cached_property
     def step(self) -> float:
-        """An amount that shows, where no maximum is known: half the length of the activations."""
+        """An amount that shows, where no maximum is known: a third of the activations' length."""
         ids = self.words.encode(self._prompt, bos=True)
         if self._reader is None or not ids:
             return 10.0
         length = self._reader(ids)[1:].float().norm(dim=1)
         row = self.sae.W_dec.float().norm(dim=1).mean() / self.sae.input_scale
-        return float(f"{float(length.mean() / row) / 2:.2g}") if len(length) else 10.0
+        return float(f"{float(length.mean() / row) / 3:.2g}") if len(length) else 10.0

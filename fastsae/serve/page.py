@@ -33,7 +33,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     model = folder.name if folder.is_absolute() else service.name
     api = APIRouter(prefix="/api", route_class=_PlainRoute)
     chats: dict[str, Job] = {}
-    reading: set[object] = set()
+    reading = 0
 
     def latents() -> Latents:
         if service.engine.failure is not None:  # what follows would ask the device
@@ -64,6 +64,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             "site": service.site,
             "latents": len(known),
             "edits": MAX_OPS,
+            "characters": service.limits.body_bytes // 8,  # each may take six bytes
             "new_tokens": min(service.limits.new_tokens, service.context - 1),
             "step": None if known.has_max else await asyncio.to_thread(lambda: known.step),
             "example": await asyncio.to_thread(known.example),
@@ -89,21 +90,21 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @api.post("/fired")
     async def fired(body: PageRequest) -> Any:
+        nonlocal reading
         known = latents()
-        if len(reading) >= _READING:
+        if reading >= _READING:
             raise FullError("too many prompts are being read")
         ids, note = _prompt(service, await asyncio.to_thread(service.encode, body.prompt))
         first = len(_beginning(service, ids))
         if len(ids) == first:
             raise RefusedError(400, "The prompt has no tokens of its own.")
-        mine = object()
-        reading.add(mine)
+        reading += 1
         try:
             found = await asyncio.to_thread(known.on_text, ids, first)
         except (NotImplementedError, ValueError) as error:
             raise RefusedError(501, f"Which latents fire cannot be shown: {error}.") from error
         finally:
-            reading.discard(mine)
+            reading -= 1
         return {**found, "note": note}
 
     @api.post("/chat")

@@ -150,6 +150,10 @@ def test_limits_are_told_in_a_line(page):
     put(page, "#tokens", 5000)
     write(page)
     assert text(page, "note") == "At most 96 tokens are written at a time."
+    page.run("$('prompt').value = 'x = 1 🙂\\n'.repeat(50_000)")
+    write(page)
+    assert "only its last" in text(page, "note")
+    put(page, "#prompt", "import os")
     page.run("document.querySelectorAll('#edits .remove').forEach((b) => b.click())")
     put(page, "#tokens", 4)
     write(page)

@@ -41,14 +41,14 @@ class Browser:
         )  # fmt: skip
         self.opened = contextlib.ExitStack()
         self.socket = self.opened.enter_context(
-            connect(pages[0]["webSocketDebuggerUrl"], max_size=None)
+            connect(pages[0]["webSocketDebuggerUrl"], max_size=None, open_timeout=90)
         )
         self.sent, self.errors = 0, []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
-    def _until(self, found, seconds=30.0):
+    def _until(self, found, seconds=90.0):
         end = time.monotonic() + seconds
         while True:
             try:
@@ -64,7 +64,7 @@ class Browser:
         self.sent += 1
         self.socket.send(json.dumps({"id": self.sent, "method": method, "params": params}))
         while True:
-            answer = json.loads(self.socket.recv(timeout=30))
+            answer = json.loads(self.socket.recv(timeout=90))
             if answer.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(answer["params"]["exceptionDetails"])
             if answer.get("method") == "Log.entryAdded":
