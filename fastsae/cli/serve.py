@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _TOKEN = "FASTSAE_SERVE_TOKEN"
 _READOUT = 1 << 28  # elements up to which latents are described by what they promote
+# of the page, to begin with: the embedded model knows Python
+_PYTHON = "def read(path):\n    with open(path) as file:"
+_ENGLISH = "The first thing that I noticed was"
 
 
 def serve(
@@ -137,10 +141,14 @@ def load_service(saved: Saved, limits: Limits) -> Service:
     """Model, SAE and engine, ready to serve."""
     import torch
 
+    from ..lm.load import EMBEDDED_MODEL
     from ..lm.readout import logit_effect
     from ..serve.engine import Engine
+    from ..serve.latents import Latents
     from ..serve.protocol import MAX_OPS
-    from ..serve.service import Service, labels_of, model_id
+    from ..serve.reading import Reader
+    from ..serve.report import read_report
+    from ..serve.service import Service, model_id
     from ..steer import attach, describe
 
     trained, device = saved.sae, saved.device
@@ -148,6 +156,9 @@ def load_service(saved: Saved, limits: Limits) -> Service:
         subject = saved.load_model()
         sae = describe(trained, saved.statistics)
         width = len(trained.W_dec[0])
+        reader = None
+        with contextlib.suppress(Exception):  # of modules that cannot be copied: the page says so
+            reader = Reader(subject.model, subject.site)
         steerer = attach(
             subject.model, sae, hook=subject.site, max_slots=limits.rows, max_ops=2 * MAX_OPS,
             max_batch=limits.rows,
@@ -167,19 +178,20 @@ def load_service(saved: Saved, limits: Limits) -> Service:
         fail(str(error))
     readout = None
     if config.vocab_size * width <= _READOUT:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(NotImplementedError):  # then there are no words
             readout = logit_effect(
                 subject.model, torch.eye(width, dtype=torch.float32, device=device)
             )
+    report = read_report(saved.folder.parent / "report.json", len(trained.W_dec))
+    embedded = EMBEDDED_MODEL.name in subject.name
+    prompt = _PYTHON if embedded else report.prompt or _ENGLISH
     return Service(
         subject.name,
         subject.tokenizer,
         engine,
-        sae,
-        readout,
+        Latents(subject.tokenizer, sae, readout, report, reader, prompt),
         limits,
         int(getattr(config, "max_position_embeddings", 1 << 30)),
-        labels_of(saved.folder.parent / "report.json"),
         subject.site,
         model_id(subject.origin.model),
     )

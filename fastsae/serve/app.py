@@ -1,34 +1,26 @@
-"""The application: the page and its calls, and the part of the OpenAI API that clients use."""
+"""The application: the part of the OpenAI API that clients use, errors, and the page beside it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from .engine import CANCELLED, TIME, ClosedError, FullError
+from .events import Stream, sse
 from .guard import LOOPBACK, Guard, error_body
-from .protocol import (
-    ChatRequest,
-    CompletionRequest,
-    Generation,
-    PageRequest,
-    SteerRequest,
-    told,
-)
+from .page import add_page
+from .protocol import ChatRequest, CompletionRequest, Generation, told
 from .service import Job, Piece, RefusedError, Service
 from .text import Placed
 
-_PAGE = Path(__file__).parent.parent / "assets" / "serve.html"
 _POLL = 0.25  # seconds between looks at whether the client is still there
 
 
@@ -37,8 +29,6 @@ def create_app(
 ) -> Any:
     """The ASGI application. `hosts` and `token` as in `Guard`."""
     app = FastAPI(title="fastsae serve", docs_url=None, redoc_url=None)
-    page = _PAGE.read_text(encoding="utf-8")
-    chats: dict[str, Job] = {}
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -62,73 +52,7 @@ def create_app(
     async def other(_: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail))
 
-    # -- the page ---------------------------------------------------------------------------------
-
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def index() -> Response:
-        nonce = secrets.token_urlsafe(16)
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
-        )
-        return HTMLResponse(
-            page.replace("{{nonce}}", nonce),
-            headers={
-                "content-security-policy": policy, "x-content-type-options": "nosniff",
-                "referrer-policy": "no-referrer", "cache-control": "no-store",
-            },
-        )  # fmt: skip
-
-    @app.get("/api/info")
-    async def info() -> Any:
-        limits = service.limits
-        return {
-            "model": service.name,
-            "site": service.site,
-            "latents": 0 if service.sae is None else len(service.sae.W_dec),
-            "has_max": service.sae is not None and service.sae.max_activation is not None,
-            "new_tokens": min(limits.new_tokens, service.context - 1),
-            "load": service.engine.load,
-        }
-
-    @app.get("/api/features")
-    async def features(
-        q: Annotated[str, Query(max_length=100)] = "",
-        limit: Annotated[int, Query(ge=1, le=100)] = 40,
-    ) -> Any:
-        return {"features": await asyncio.to_thread(service.features, q, limit)}
-
-    @app.post("/api/chat")
-    async def chat_page(body: PageRequest) -> Response:
-        program = service.program(body.steer)
-        ids = await asyncio.to_thread(service.encode, body.prompt)
-        # one seed for both: without an edit they are the same text
-        job = service.start([ids, ids], body, body.max_tokens, [None, program], same_seed=True)
-        name = secrets.token_urlsafe(12)
-        chats[name] = job
-
-        async def events() -> AsyncIterator[str]:
-            yield _sse({"id": name})
-            async for piece in job.pieces():
-                yield _sse(
-                    {"side": ("before", "after")[piece.index], "text": piece.text}
-                    | ({"finish": piece.finish} if piece.finish else {})
-                    | ({"error": piece.error} if piece.error else {})
-                )
-
-        def over() -> None:
-            chats.pop(name, None)
-            job.cancel()
-
-        return _Stream(events(), over)
-
-    @app.post("/api/chat/{name}/steer")
-    async def change(name: str, body: SteerRequest) -> Any:
-        if name not in chats:
-            raise RefusedError(404, "this text is not being written any more")
-        chats[name].change(1, service.program(body.steer))
-        return {"ok": True}
+    add_page(app, service)
 
     @app.get("/health")
     async def health() -> Response:
@@ -251,7 +175,7 @@ async def _answer(
             begun: set[int] = set()
             async for piece in job.pieces():
                 if piece.error:
-                    yield _sse(error_body("generation failed", "server_error"))
+                    yield sse(error_body("generation failed", "server_error"))
                     break
                 first = piece.index not in begun
                 begun.add(piece.index)
@@ -259,12 +183,12 @@ async def _answer(
                     choice = part(piece, first)
                 else:  # naming its tokens takes as long as reading them did
                     choice = await asyncio.to_thread(part, piece, first)
-                yield _sse({**head, "object": chunk_kind, "choices": [choice]})
+                yield sse({**head, "object": chunk_kind, "choices": [choice]})
             if body.wants_usage:
-                yield _sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
+                yield sse({**head, "object": chunk_kind, "choices": [], "usage": usage()})
             yield "data: [DONE]\n\n"
 
-        return _Stream(events(), job.cancel)
+        return Stream(events(), job.cancel)
 
     answers = [Piece(i, "", "length") for i in range(len(every))]
     try:
@@ -318,22 +242,3 @@ def _reason(piece: Piece) -> str | None:
 
 def _error(status: int, message: str, kind: str = "invalid_request_error") -> Response:
     return JSONResponse(error_body(message, kind), status_code=status)
-
-
-def _sse(data: Any) -> str:
-    return f"data: {json.dumps(data)}\n\n"
-
-
-class _Stream(StreamingResponse):
-    """Server-sent events; `over` is called at their end, also when they were never begun."""
-
-    def __init__(self, events: AsyncIterator[str], over: Callable[[], None]) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._over = over
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._over()

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..lm.load import EMBEDDED, EMBEDDED_MODEL
-from ..lm.tokens import TokenText, encoded, head
+from ..lm.tokens import head
 from ..nn import Description
 from ..steer.operations import Operation
-from .engine import ClosedError, Engine, Event, Row, Sampling, Score, Scoring
+from .engine import Engine, Event, Row, Sampling, Score, Scoring
+from .latents import Latents
 from .protocol import Edit, Limits, Sampled, operations
 from .text import ScoreText, TextStream
-
-_LABELS = 6  # tokens that describe a latent
 
 
 class RefusedError(Exception):
@@ -135,8 +130,6 @@ class Service:
 
     Args:
         name: of the model, for people.
-        readout: [D, V], what each dimension of the site adds to the logits, or None.
-        labels: what is known of some latents, e.g. from a quickstart's report: index -> tokens.
         model_id: what the OpenAI API calls the model; the name when it is empty.
 
     Attributes:
@@ -148,23 +141,21 @@ class Service:
         name: str,
         tokenizer: Any,
         engine: Engine,
-        sae: Description | None,
-        readout: torch.Tensor | None,
+        latents: Latents,
         limits: Limits,
         context: int,
-        labels: dict[int, list[str]] | None = None,
         site: str = "",
         model_id: str = "",
     ) -> None:
-        self.name, self.tokenizer, self.engine, self.sae = name, tokenizer, engine, sae
+        self.name, self.tokenizer, self.engine, self.latents = name, tokenizer, engine, latents
         self.limits, self.context, self.site = limits, context, site
         self.model_id = model_id or name
         self.steer: list[Edit] | None = None
-        self._readout = readout
-        self._labels = labels or {}
-        self._token = TokenText(tokenizer)
         self.scores = ScoreText(tokenizer)
-        self._encoding = threading.Lock()
+
+    @property
+    def sae(self) -> Description:
+        return self.latents.sae
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -191,8 +182,7 @@ class Service:
         return self.encode("\n".join(m["content"] for m in messages))
 
     def _read(self, text: str, *, bos: bool) -> list[int]:
-        with self._encoding:  # a call may set the tokenizer's options
-            return encoded(self.tokenizer, text, bos=bos)
+        return self.latents.words.encode(text, bos=bos)
 
     def start(
         self,
@@ -269,61 +259,6 @@ class Service:
             "fastsae": {"site": self.site, "latents": latents},
         }  # fmt: skip
 
-    # -- latents ----------------------------------------------------------------------------------
-
-    def features(self, query: str, limit: int) -> list[dict[str, Any]]:
-        """Latents for the page: by number, or those that promote the words looked for.
-
-        Without a query, those that the labels know first.
-        """
-        if self.engine.failure is not None:  # what follows would ask the device
-            raise ClosedError("the server is shutting down")
-        if self.sae is None:
-            return []
-        n_latents = len(self.sae.W_dec)
-        query = query.strip()
-        if query.isdecimal() and len(query) < 10:
-            found = [int(query)] if int(query) < n_latents else []
-        elif query:
-            found = self._promoting(query, limit)
-        else:
-            found = [*self._labels, *(j for j in range(limit) if j not in self._labels)]
-            found = [j for j in found if j < n_latents]
-        return [self._described(j) for j in found[:limit]]
-
-    def _promoting(self, query: str, limit: int) -> list[int]:
-        """Those labelled with the text, then those whose decoder row raises its tokens most."""
-        known = [
-            j for j, words in self._labels.items() if any(query.lower() in w.lower() for w in words)
-        ]
-        if self.sae is None or self._readout is None:
-            return known
-        forms = (query, " " + query)
-        ids = [self._read(t, bos=False) for t in forms]
-        tokens = sorted({some[0] for some in ids if some})
-        if not tokens:
-            return known
-        columns = self._readout[:, tokens].to(self.sae.W_dec.dtype)
-        effect = (self.sae.W_dec @ columns).amax(1)
-        best = effect.topk(min(limit, len(effect))).indices.tolist()
-        return [*known, *(j for j in best if j not in known)]
-
-    def _described(self, latent: int) -> dict[str, Any]:
-        assert self.sae is not None
-        words = self._labels.get(latent)
-        if words is None:
-            words = []
-            if self._readout is not None:
-                effect = self.sae.W_dec[latent].to(self._readout.dtype) @ self._readout
-                top = effect.topk(min(_LABELS, len(effect))).indices.tolist()
-                words = [self._token[t] for t in top if t < len(self.tokenizer)]
-        largest = self.sae.max_activation
-        return {
-            "latent": latent,
-            "words": words[:_LABELS],
-            "max": None if largest is None else round(float(largest.values[latent]), 4),
-        }
-
 
 def _seed(seed: int) -> int:
     return seed % 2**63
@@ -334,15 +269,3 @@ def model_id(origin: str) -> str:
     if origin == EMBEDDED:
         return EMBEDDED_MODEL.name
     return Path(origin).name if Path(origin).is_absolute() else origin
-
-
-def labels_of(report: Path) -> dict[int, list[str]]:
-    """What a quickstart's report says that its latents fire on and promote; {} when unreadable."""
-    try:
-        features = json.loads(report.read_text(encoding="utf-8"))["features"]
-        return {
-            int(f["index"]): [t for t, _ in [*f["fires_on"][:3], *f["promotes"][:4]]]
-            for f in features
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

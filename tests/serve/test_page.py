@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import shutil
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
@@ -21,8 +24,9 @@ uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-from serving import ROOT, TOKEN, Server, alone  # noqa: E402
+from serving import ROOT, alone  # noqa: E402
 
+from fastsae.nn import TopKSAE  # noqa: E402
 from fastsae.serve import connections  # noqa: E402
 from fastsae.serve.app import create_app  # noqa: E402
 from fastsae.steer import clamp  # noqa: E402
@@ -46,22 +50,61 @@ def test_the_api_describes_itself_without_a_warning(service):
     assert "/v1/chat/completions" in paths and "/" not in paths
 
 
+def ask(server, path, body=None, **params):
+    """JSON of one of the page's calls."""
+    url = server.url + "/api/" + path
+    answer = httpx.get(url, params=params) if body is None else httpx.post(url, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 def test_latents_are_found_by_number_and_word(server, service):
-    def ask(q, **more):
-        params = {"q": q, **more}
-        return httpx.get(server.url + "/api/features", params=params).json()["features"]
+    def found(q, **more):
+        return ask(server, "features", q=q, **more)["features"]
 
-    assert [f["latent"] for f in ask("17")] == [17] and ask("64") == [] and ask("9" * 30) != None  # noqa: E711
-    assert len(ask("", limit=5)) == 5 and all(f["max"] == 30.0 for f in ask(""))
+    assert [f["latent"] for f in found("17")] == [17] and found("64") == []
+    assert [f["latent"] for f in found("5 17 5")] == [5, 17]
+    assert found("9" * 30) is not None
+    assert len(found("", limit=5)) == 5 and all(f["max"] == 30.0 for f in found(""))
     word = service.tokenizer(" import", add_special_tokens=False)["input_ids"][0]
-    effect = service.sae.W_dec @ service._readout[:, word]
-    assert int(effect.argmax()) in [f["latent"] for f in ask("import", limit=6)]
-    service._labels[9] = ["Widget", " w"]
-    assert ask("widget")[0]["latent"] == 9 and ask("")[0]["words"] == ["Widget", " w"]
-    service._labels.clear()
+    effect = service.sae.W_dec @ service.latents._readout[:, word]
+    assert int(effect.argmax()) in [f["latent"] for f in found("import", limit=6)]
+    some = ask(server, "features", latent=[9, 3, 64])["features"]
+    assert [f["latent"] for f in some] == [9, 3] and all(len(f["words"]) == 6 for f in some)
+    card = ask(server, "features/9")
+    assert card["words"] == some[0]["words"] and len(card["promotes"]) == 10
 
 
-async def page_stream(url, body, on_token):
+def test_the_page_begins_with_an_edit_that_shows(server, service):
+    """One press: the texts differ, and the prompt is not a finished line."""
+    example = ask(server, "info")["example"]
+    assert example["prompt"] == example["prompt"].strip() and example["steer"]
+    text = {"before": "", "after": ""}
+    body = {**example, "max_tokens": 60, "seed": 0, "temperature": 0.8, "top_p": 0.95}
+    for e in asyncio.run(page_stream(server.url, body))[1:]:
+        text[e["side"]] += e["text"]
+    assert text["before"] != text["after"]
+
+
+def test_which_latents_fire(server, service, folder):
+    prompt = "import os\nx = 1"
+    found = ask(server, "fired", {"prompt": prompt})
+    assert "".join(found["tokens"]) == "import os⏎x = 1" and found["note"] == ""
+    assert len(found["fired"]) == len(found["fires"]) == len(found["tokens"])
+    reader = service.latents._reader
+    with torch.no_grad():
+        code = TopKSAE.from_pretrained(folder).encode(reader(service.encode(prompt))[1:])
+    for row, values, at in zip(found["fired"], code.values.tolist(), code.indices.tolist()):
+        assert [j for j, _ in row] == [j for j, v in zip(at, values) if v > 0]
+        assert [v for _, v in row] == pytest.approx([v for v in values if v > 0], abs=2e-3)
+    assert found["latents"] and all(f["words"] and f["max"] == 30.0 for f in found["latents"])
+
+
+async def nothing(http, events):
+    pass
+
+
+async def page_stream(url, body, on_token=nothing):
     events = []
     async with (
         httpx.AsyncClient(timeout=30) as http,
@@ -79,9 +122,6 @@ def test_before_and_after_and_sliders(server):
     """Two visitors at once; one of them moves a slider while its text is being written."""
     body = {"prompt": "import os\n", "max_tokens": 60, "temperature": 0}
 
-    async def nothing(http, events):
-        pass
-
     async def move(http, events):
         if len(events) == 20:
             path = server.url + f"/api/chat/{events[0]['id']}/steer"
@@ -90,7 +130,7 @@ def test_before_and_after_and_sliders(server):
 
     async def both():
         return await asyncio.gather(
-            page_stream(server.url, body, nothing), page_stream(server.url, body, move)
+            page_stream(server.url, body), page_stream(server.url, body, move)
         )
 
     for events, moved in zip(asyncio.run(both()), (False, True)):
@@ -103,140 +143,182 @@ def test_before_and_after_and_sliders(server):
     assert gone.status_code == 404 and gone.json()["error"]["message"]
 
 
-def chromium():
-    return next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"op": "clamp", "value": 2}, {"op": "min_clamp", "value": 2}, {"op": "scale", "value": 6},
+        {"op": "ablate"}, {"op": "add", "value": 60, "unit": "raw"},
+        {"op": "clamp", "value": 2, "when": {"latent": 0, "above": 0}},
+        {"op": "add", "value": 2, "when": {"latent": 0, "above": 0, "unit": "max"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_operation_shows(server, edit):
+    """On the latents that fire on the prompt; a gate on one of them."""
+    base = {"prompt": "def main(", "max_tokens": 60, "temperature": 1, "seed": 1}
+    fires = ask(server, "fired", {"prompt": "def main("})["fired"][-1]
+    if "when" in edit:
+        edit = {**edit, "when": {**edit["when"], "latent": fires[0][0]}}
+    steer = [{"latent": j, **edit} for j, _ in fires]
+    text = {"before": "", "after": ""}
+    for e in asyncio.run(page_stream(server.url, {**base, "steer": steer}))[1:]:
+        text[e["side"]] += e["text"]
+    assert text["before"] != text["after"]
+
+
+def test_limits_cut_a_request_and_are_told(server, service, monkeypatch):
+    """96 new tokens, 64 of a prompt."""
+
+    def written(prompt, tokens):
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        events = asyncio.run(page_stream(server.url, body))
+        assert sum("finish" in e for e in events) == 2
+        return events[0]["note"]
+
+    assert written("import os", 5) == ""
+    assert written("import os", 10**9) == "At most 96 tokens are written at a time."
+    long = "x = 1\n" * 50
+    assert written(long, 5) == "The prompt is long: only its last 63 tokens are read."
+    found = ask(server, "fired", {"prompt": long})
+    assert len(found["tokens"]) == 63 and "last 63 tokens" in found["note"]
+    monkeypatch.setattr(service, "context", 30)
+    prompt = "x = 1\n" * 5
+    left = 30 - len(service.encode(prompt))
+    assert written(prompt, 20) == f"The model has room for {left} tokens after this prompt."
+    assert written(prompt, left) == ""
+    # a prompt that leaves no room is cut so that half of the context is left to write in
+    assert written(long, 90) == "The prompt is long: only its last 14 tokens are read."
+
+
+def test_a_chat_that_is_cut_goes_on_from_the_end_of_its_prompt(service, server, monkeypatch):
+    monkeypatch.setattr(service, "context", 30)
+    long = "import os\n" * 40
+    body = {"prompt": long, "max_tokens": 8, "temperature": 0}
+    events = asyncio.run(page_stream(server.url, body))
+    text = "".join(e["text"] for e in events[1:] if e["side"] == "before")
+    ids = service.encode(long)
+    cut = [ids[0], *ids[-21:]]
+    job = httpx.post(
+        server.url + "/v1/completions", json={"prompt": cut, "max_tokens": 8, "temperature": 0}
     )
+    assert text == job.json()["choices"][0]["text"]
 
 
-class Browser:
-    """Headless Chromium by its debugging protocol."""
-
-    def __init__(self, folder):
-        from websockets.sync.client import connect
-
-        self.process = subprocess.Popen(
-            [
-                chromium(), "--headless=new", "--no-sandbox", "--disable-gpu",
-                "--remote-debugging-port=0", f"--user-data-dir={folder}", "--window-size=1280,900",
-                "--disable-dev-shm-usage", "about:blank",
-            ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.port = int(self._until(lambda: (folder / "DevToolsActivePort").read_text().split()[0]))
-        pages = self._until(
-            lambda: [
-                p for p in httpx.get(f"http://127.0.0.1:{self.port}/json").json()
-                if p["type"] == "page"
-            ]
-        )  # fmt: skip
-        self.opened = contextlib.ExitStack()
-        self.socket = self.opened.enter_context(
-            connect(pages[0]["webSocketDebuggerUrl"], max_size=None)
-        )
-        self.sent = 0
-
-    def _until(self, found, seconds=30.0):
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                value = found()
-                if value:
-                    return value
-            except (OSError, IndexError, ValueError, httpx.HTTPError):
-                pass
-            assert time.monotonic() < end, "the browser did not answer"
-            time.sleep(0.1)
-
-    def call(self, method, **params):
-        self.sent += 1
-        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": params}))
-        while True:
-            answer = json.loads(self.socket.recv(timeout=30))
-            if answer.get("id") == self.sent:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def run(self, script):
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def until(self, script):
-        return self._until(lambda: self.run(script))
-
-    def close(self):
-        self.opened.close()
-        self.process.kill()
-        self.process.wait()
+@pytest.mark.parametrize(
+    "path,body,says",
+    [
+        ("chat", {"prompt": ""}, "Write a prompt first."),
+        ("fired", {"prompt": ""}, "Write a prompt first."),
+        ("chat", {"prompt": "\ud800"}, "The prompt cannot be read as text."),
+        ("chat", {"prompt": 3}, "The prompt cannot be read as text."),
+        ("chat", {"prompt": "x", "temperature": 9}, "temperature must be a number from 0 to 2"),
+        ("chat", {"prompt": "x", "seed": "a"}, "seed must be a whole number"),
+        ("chat", {"prompt": "x", "max_tokens": 0}, "must be a whole number, 1 or more"),
+        ("chat", {"prompt": "x", "steer": [{"latent": 64, "value": 1}]}, "no latent 64: this"),
+        ("chat", {"prompt": "x", "steer": [{"latent": 1}]}, "latent 1 needs a number"),
+        ("chat", {"prompt": "x", "steer": [{"latent": 1, "value": 1, "when": {"latent": 99}}]},
+         "no latent 99"),
+        ("chat", {"prompt": "x", "steer": [{"latent": 1, "value": 1e9}]}, "Edit 1 has a number"),
+        ("chat", {"prompt": "x", "steer": [{"latent": 1, "value": 1}] * 33}, "At most 32 latents"),
+        ("chat", [], "The server cannot read this request."),
+        ("chat/none/steer", {"steer": []}, "not being written any more"),
+        ("chat/none/steer", {"steer": 3}, "The server cannot read this request."),
+    ],
+    ids=lambda v: str(v)[:40],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_plain_words(server, path, body, says):
+    answer = httpx.post(
+        f"{server.url}/api/{path}", content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )  # fmt: skip
+    message = answer.json()["error"]["message"]
+    assert 400 <= answer.status_code < 500 and says in message
+    assert message[0].isupper() and message.endswith(".")
+    assert not re.search(r"steer|\b(loc|body|max_tokens|value_error|\w+Error)\b", message)
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here")
-def test_the_page_in_a_browser(service, tmp_path):
-    """Search, choose, write, move a slider, stop: what a visitor does; no script error, no leak."""
-    server = Server(service, token=TOKEN)
-    browser = Browser(tmp_path)
-    try:
-        browser.call("Page.enable")
-        browser.call("Page.navigate", url=f"{server.url}/#token={TOKEN}")
-        browser.until("document.body && document.body.dataset.ready === '1'")
-        assert "64 latents" in browser.run("document.getElementById('about').textContent")
-        browser.run(
-            "document.getElementById('search').value = '5';"
-            "document.getElementById('search').dispatchEvent(new Event('input'));"
-        )
-        browser.until("document.querySelectorAll('#found button').length === 1")
-        browser.run("document.querySelector('#found button').click()")
-        browser.run(
-            "const r = document.querySelector('#edits input'); r.value = 4;"
-            "r.dispatchEvent(new Event('input'));"
-        )
-        assert browser.run("document.querySelector('#edits output').textContent") == "4.0 × max"
-        browser.run(
-            "document.getElementById('temperature').value = 0;"
-            "document.getElementById('tokens').value = 48;"
-            "document.getElementById('write').click();"
-        )
-        browser.until("document.body.dataset.done === '1'")
-        text = {
-            side: browser.run(f"document.getElementById('{side}').textContent")
-            for side in ("before", "after")
-        }
-        assert browser.run("document.getElementById('error').textContent") == ""
-        program = [clamp(5, 4.0, unit="max")]
-        for side, edit in (("before", None), ("after", program)):
-            tokens = alone(service, "import os\n", edit, 48)
-            written = service.tokenizer.decode(tokens, skip_special_tokens=True)
-            assert text[side] == "import os\n" + written
-        assert text["before"] != text["after"]
-        browser.run(  # moved before the server has said what this text is called
-            "delete document.body.dataset.done; document.getElementById('tokens').value = 96;"
-            "document.getElementById('write').click();"
-            "const s = document.querySelector('#edits input'); s.value = 0;"
-            "s.dispatchEvent(new Event('input'));"
-        )
-        browser.until("document.body.dataset.done === '1'")
-        tokens = alone(service, "import os\n", program, 96)
-        unmoved = service.tokenizer.decode(tokens, skip_special_tokens=True)
-        written = browser.run("document.getElementById('after').textContent")
-        assert written != "import os\n" + unmoved
-        shot = browser.call("Page.captureScreenshot", format="png")["data"]
-        browser.call(
-            "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1,
-            mobile=True,
-        )  # fmt: skip
-        assert browser.run("document.documentElement.scrollWidth") <= 390
-        top = "document.getElementById('before').getBoundingClientRect().top"
-        bottom = "document.querySelector('#edits input').getBoundingClientRect().bottom"
-        assert browser.run(f"{bottom} - {top}") < 844  # the texts, and the slider that changes them
-        shot = browser.call("Page.captureScreenshot", format="png")["data"]
-        assert len(shot) > 20_000
-        import base64
+def test_a_search_that_is_too_long_and_a_latent_that_is_not_there(server):
+    answer = httpx.get(server.url + "/api/features", params={"q": "a" * 101})
+    assert answer.json()["error"]["message"] == "This search is too long."
+    answer = httpx.get(server.url + "/api/features/64")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "There is no latent 64: this SAE's are 0 to 63."
 
-        (tmp_path / "page.png").write_bytes(base64.b64decode(shot))
-    finally:
-        browser.close()
-        server.stop()
+
+def test_units_of_max_need_a_maximum(server, service, monkeypatch):
+    monkeypatch.setattr(service.latents, "sae", replace(service.sae, max_activation=None))
+    body = {"prompt": "x", "steer": [{"latent": 1, "value": 1}]}
+    answer = httpx.post(server.url + "/api/chat", json=body)
+    assert answer.status_code == 400 and "choose raw numbers" in answer.json()["error"]["message"]
+    for edit in ({"op": "ablate"}, {"op": "scale", "value": 2}, {"value": 1, "unit": "raw"}):
+        body["steer"] = [{"latent": 1, **edit}]
+        assert httpx.post(server.url + "/api/chat", json=body).status_code == 200
+
+
+def test_an_error_of_the_model_is_told_without_its_name(server, service, monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(service.engine, "_forward", fails)
+    events = asyncio.run(page_stream(server.url, {"prompt": "x", "max_tokens": 3}))
+    said = [e["error"] for e in events if "error" in e]
+    assert said == ["The model could not go on writing."] * 2
+    assert "RuntimeError: shapes do not match" in caplog.text  # for whoever runs the server
+
+
+def test_a_prompt_that_cannot_be_read_says_why(server, service, monkeypatch):
+    def message():
+        answer = httpx.post(server.url + "/api/fired", json={"prompt": "import os"})
+        assert answer.status_code == 501
+        return answer.json()["error"]["message"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.latents, "sae", replace(service.sae, W_enc=torch.zeros(64, 8)))
+        assert "the SAE reads activations 8 wide, and the model has 256 here" in message()
+    monkeypatch.setattr(service.latents, "_reader", None)
+    assert message().startswith("Which latents fire cannot be shown: the model cannot be run")
+
+
+def test_reading_holds_nobody_up_and_is_bounded(server, service, monkeypatch):
+    held, original = threading.Event(), service.latents._reader
+    begun = threading.Semaphore(0)
+
+    def slowly(ids):
+        begun.release()
+        held.wait(20)
+        return original(ids)
+
+    monkeypatch.setattr(service.latents, "_reader", slowly)
+    url, body = server.url + "/api/fired", {"prompt": "import os"}
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(httpx.post, url, json=body, timeout=30) for _ in range(4)]
+        for _ in waiting:
+            assert begun.acquire(timeout=10)
+        answer = httpx.post(url, json=body)
+        assert answer.status_code == 429 and "try again" in answer.json()["error"]["message"]
+        assert asyncio.run(page_stream(server.url, {"prompt": "x", "max_tokens": 3}))
+        held.set()
+        assert [w.result().status_code for w in waiting] == [200] * 4
+    assert ask(server, "fired", body)["latents"]
+
+
+def test_reading_beside_a_steered_text_changes_neither(server, service):
+    prompt = "def main("
+    alone_read = ask(server, "fired", {"prompt": prompt})
+    tokens = alone(service, prompt, [clamp(5, 4.0, unit="max")], 90)
+    body = {
+        "prompt": prompt,
+        "max_tokens": 90,
+        "temperature": 0,
+        "steer": [{"latent": 5, "value": 4}],
+    }
+    with ThreadPoolExecutor(4) as pool:
+        text = pool.submit(asyncio.run, page_stream(server.url, body))
+        read = list(pool.map(lambda _: ask(server, "fired", {"prompt": prompt}), range(30)))
+        events = text.result()
+    after = "".join(e["text"] for e in events[1:] if e["side"] == "after")
+    assert after == service.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert all(one == alone_read for one in read)
 
 
 def test_ctrl_c_ends_streams_and_the_server(folder, tmp_path):
