@@ -129,9 +129,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     lines.insert(0, f"{op} on {device}, {dtype}: {what}")
     if backend == "cpu" and _library.CPU_MISSING is None:
         lines.append(f"  C++ level: {levels[0] if levels else torch.ops.fastsae._cpu_level()}")
-        if op == "topk_encode" and len(tensors) > 1 and "k" in call:
-            rows, latents = tensors[0].reshape(-1, tensors[0].shape[-1]), len(tensors[1])
-            design = torch.ops.fastsae._topk_encode_design(rows, latents, call["k"])
+        given = _given(op, call) if op == "topk_encode" else None
+        if given is not None and given[0].device.type == "cpu" and given[0].shape[-1] > 0:
+            rows = given[0].reshape(-1, given[0].shape[-1])
+            design = torch.ops.fastsae._topk_encode_design(rows, len(given[1]), given[2])
             lines.append(f"  C++ design: {design} (all of them give the same bits)")
     copies = [tuple(t.shape) for t in tensors if not t.is_contiguous()]
     if copies:

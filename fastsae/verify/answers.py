@@ -287,7 +287,7 @@ def sparse_adam_step(dtype: torch.dtype, scale: str) -> Iterator[Answer]:
 
 def steer(dtype: torch.dtype, scale: str) -> Iterator[Answer]:
     """Every operation, gates, slots of no one, a mask and memberships, and both norms on rows whose
-    norm is a power of two."""
+    norm (or deviation) is a power of two."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     length, d, n_ops = (33, 772, 12) if scale == "production" else (3, 68, 6)
     codes = [CLAMP, MIN_CLAMP, CLAMP_IF_ACTIVE, SCALE, ADD, CLAMP] * (n_ops // 6)
@@ -304,8 +304,11 @@ def steer(dtype: torch.dtype, scale: str) -> Iterator[Answer]:
     member = whole(4, length, n_ops, seed=6, most=1, dtype=torch.float32) > 0
     powers = 2.0 ** whole(4, length, 1, seed=7, most=1, dtype=torch.float64)
     signs = torch.where(torch.arange(d) % 2 == 0, 1.0, -1.0).double()
+    # a mean of 0 and squares that sum to 4 (D - 1), for an even D
+    spread = torch.tensor([3.0, -3, 1, -1, 0, 0, *[2, -2] * (d // 2 - 3)], dtype=torch.float64)
     for norm, x in (
         (0, whole(4, length, d, seed=4, most=3, dtype=torch.float64)),
+        (1, powers * spread),  # layer_norm
         (2, powers * signs),  # constant_norm: the norm of a row is its power of two
     ):
         x = x.to(dtype)

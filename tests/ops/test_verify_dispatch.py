@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from common import INTERPRETED
+from common import INTERPRETED, ON_HOST
 from verified import CPU, LEVELS, built
 
 import fastsae
@@ -408,6 +408,7 @@ def test_old_gpus_take_the_reference(monkeypatch):
         _dispatch.forget()
 
 
+@pytest.mark.skipif(not ON_HOST, reason="the library itself answers")
 def test_the_library_is_asked_whether_it_has_code_for_a_gpu(monkeypatch):
     _dispatch.forget()
     monkeypatch.setattr(_library, "CUDA_MISSING", None)

@@ -247,7 +247,7 @@ def test_a_search_that_is_too_long_and_a_latent_that_is_not_there(server):
 
 def test_units_of_max_need_a_maximum(server, service, monkeypatch):
     monkeypatch.setattr(service.latents, "sae", replace(service.sae, max_activation=None))
-    body = {"prompt": "x", "steer": [{"latent": 1, "value": 1}]}
+    body = {"prompt": "x", "steer": [{"latent": 1, "value": 1, "unit": "max"}]}
     answer = httpx.post(server.url + "/api/chat", json=body)
     assert answer.status_code == 400 and "choose raw numbers" in answer.json()["error"]["message"]
     for edit in ({"op": "ablate"}, {"op": "scale", "value": 2}, {"value": 1, "unit": "raw"}):
@@ -310,7 +310,7 @@ def test_reading_beside_a_steered_text_changes_neither(server, service):
         "prompt": prompt,
         "max_tokens": 90,
         "temperature": 0,
-        "steer": [{"latent": 5, "value": 4}],
+        "steer": [{"latent": 5, "value": 4, "unit": "max"}],
     }
     with ThreadPoolExecutor(4) as pool:
         text = pool.submit(asyncio.run, page_stream(server.url, body))

@@ -106,7 +106,7 @@ def test_a_replayed_trainer_step_with_auxk_is_the_eager_one():
     xs = [randn(64, D, seed=s).cuda() for s in range(6)]
     for captured in (False, True):
         sae, trainer = with_aux("cuda", F)
-        del trainer._aux_loss  # the Trainer's own: by a late count, and by F in a graph
+        del trainer._most_dead  # the Trainer's own: by a late count, and by F in a graph
         buffer = xs[0].clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -134,7 +134,7 @@ def test_a_replayed_trainer_step_with_auxk_is_the_eager_one():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("fmt", ["fp32", "8bit"])
-@pytest.mark.parametrize("name", ["triton", "cuda", None])
+@pytest.mark.parametrize("name", ["triton", None])  # in CUDA C++ there is no encoder
 def test_a_replayed_gpu_graph_trains_as_eager_steps_do(fmt, name):
     results = []
     xs = [randn(64, D, dtype=torch.bfloat16, seed=s).cuda() for s in range(6)]
