@@ -130,7 +130,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     if backend == "cpu" and _library.CPU_MISSING is None:
         lines.append(f"  C++ level: {levels[0] if levels else torch.ops.fastsae._cpu_level()}")
         given = _given(op, call) if op == "topk_encode" else None
-        if given is not None and given[0].device.type == "cpu" and given[0].shape[-1] > 0:
+        if given is not None and given[0].device.type == "cpu" and given[0].numel():
             rows = given[0].reshape(-1, given[0].shape[-1])
             design = torch.ops.fastsae._topk_encode_design(rows, len(given[1]), given[2])
             lines.append(f"  C++ design: {design} (all of them give the same bits)")

@@ -42,14 +42,15 @@ class Saved:
             UserError: it cannot be loaded, or is another one.
         """
         from .._errors import UserError
-        from ..lm.load import fingerprint, load_subject
+        from ..lm.load import load_subject
 
         origin = self.sae.origin
         subject = load_subject(
             self.model, device=self.device, layer=self.layer, hook=self.hook, width=self.sae.d_in
         )
-        known = origin is not None and origin.fingerprint
-        if known and not self.any_model and fingerprint(subject.model) != known:
+        known = origin.fingerprint if origin is not None else ""
+        found = subject.origin.fingerprint
+        if known and found and found != known and not self.any_model:
             assert origin is not None
             its = origin.model + (f" ({origin.revision[:12]})" if origin.revision else "")
             raise UserError(

@@ -140,6 +140,10 @@ def run(settings: Settings, progress: Progress) -> Result:
     with timed("harvest"):
         train_windows, held_out = settings.windows(subject, progress)
         store, test = harvest(settings, subject, train_windows, held_out, progress)
+        try:  # before the minutes of training that come before it is needed
+            logit_effect(subject.model, torch.zeros(1, store.activations.shape[1]))
+        except NotImplementedError as error:
+            raise UserError(f"no words for latents at {subject.site}: {one_line(error)}") from error
     with timed("train"):
         training = train(settings, subject, store, progress)
     if training.steps < settings.steps:  # the rest takes as much longer as training did

@@ -201,8 +201,9 @@ class Steerer:
     def _described_anew(self) -> None:
         if self._source is None or self.sae is None or self._source_stamp == _weights(self._source):
             return
-        self._source_stamp = _weights(self._source)
+        now = _weights(self._source)
         self.sae = describe(self._source, self.sae.max_activation)
+        self._source_stamp = now  # not before: a description that fails is asked for again
         self._exact, self._member = self.sae.exact_membership, None
 
     def detach(self) -> None:
@@ -292,9 +293,10 @@ class Steerer:
         where = positions or prompt_and_generated()
         only = where.only
         self._described_anew()
+        here = self._buffers.enc.device
+        tokens = None if only is None else torch.tensor(only, device=here)  # may refuse a number
         self._put_in_force(programs)
-        self._positions = where
-        self._only = None if only is None else torch.tensor(only, device=self._buffers.enc.device)
+        self._positions, self._only = where, tokens
         self._prompt_length, self._guessed = prompt_length, False
         self._unchecked = prompt_length is None  # else a call need not begin with a prompt
         self.receipt = Receipt(self.site)
@@ -351,11 +353,11 @@ class Steerer:
 
     def clear(self) -> None:
         """Nothing is steered any more; replayed graphs neither."""
-        unwatch(self._model, self)
         self._buffers.clear()
         self._sequences = 0
         self._mask = self._tokens = None
         self._in_pass = self._seen = False
+        unwatch(self._model, self)
 
     def _entries(self, program: Program) -> list[Entry]:
         return Compiler(self.sae, self.site, self._buffers.enc.shape[2]).entries(program)
@@ -389,8 +391,16 @@ class Steerer:
             self._refuse_unseen(where, kwargs)
         self._mask = token_mask(where, kwargs, self._prompt_length, self._bos, self._only)
         if not torch.compiler.is_compiling() and not is_capturing(self._mask.device):
-            chosen, before = self._mask.sum(), self.receipt.chosen
+            chosen, before = self._steered(self._mask).sum(), self.receipt.chosen
             self.receipt.chosen = chosen if before is None else before + chosen
+
+    def _steered(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask [B, T] without the sequences that no program is for."""
+        each, rest = divmod(len(mask), self._sequences)
+        if rest:
+            return mask  # refused at the site
+        programmed = (self._buffers.current > 0).to(mask.device)
+        return mask & programmed.repeat_interleave(each)[:, None]
 
     def _refuse_ambiguous(self, kwargs: dict[str, Any]) -> None:
         """Several tokens behind a cache: the rest of a prompt that is read in chunks, or tokens

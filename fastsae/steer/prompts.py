@@ -71,6 +71,9 @@ def unwatch(model: nn.Module, watcher: Watcher) -> None:
         return
     watchers.remove(watcher)
     if not watchers:
-        ours = model.__dict__.pop("generate")
+        ours = model.__dict__.get("generate")
+        if not isinstance(ours, _Generate):
+            return  # somebody has put another in its place since, which stays
+        del model.__dict__["generate"]
         if ours.own is not None:
             model.__dict__["generate"] = ours.own

@@ -250,8 +250,8 @@ class Trainer:
                 f"Trainer.fit: the batches ended after {self.step_count} of {config.steps} steps",
                 stacklevel=2,
             )
-            if checkpoint is not None and saved != self.step_count:
-                self.save(checkpoint)
+        if checkpoint is not None and saved != self.step_count:
+            self.save(checkpoint)  # also where there was nothing to do
         if sums:
             records.append(self._record(sums, tokens, start, waits.share()))
             if on_log is not None:
@@ -392,7 +392,9 @@ def train_sae(
         batches: Iterable[torch.Tensor] = shuffled(data, batch_size, seed=seed)
     else:
         batches = data
-    return Trainer(sae, TrainConfig(**config)).fit(batches, progress=progress)
+    return Trainer(sae, TrainConfig(**config)).fit(
+        batches, progress=progress, not_finite=not_finite
+    )
 
 
 def shuffled(

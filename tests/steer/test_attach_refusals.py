@@ -313,6 +313,38 @@ def test_a_scale_that_was_never_folded_is_refused():
         describe(saelens("standard", normalize_activations="expected_average_only_in"))
 
 
+@torch.no_grad()
+def test_a_sequence_without_a_program_counts_as_no_edit(gpt2):
+    """Positions that only such a sequence has leave nothing edited."""
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    seen = torch.ones_like(ids)
+    seen[0] = 0  # the first, whose program there is, is padding
+    where = positions.prompt_and_generated(exclude=("pad",))
+    alone = pytest.raises(RuntimeError, match="positions left all of them alone")
+    with alone, steerer.steer([[add(3, 2.0)], None], where):
+        gpt2(ids, attention_mask=seen)
+    with steerer.steer([None, [add(3, 2.0)]], where):
+        gpt2(ids, attention_mask=seen)
+    assert int(steerer.receipt.chosen) == ids.shape[1]
+    steerer.detach()
+
+
+@torch.no_grad()
+def test_a_block_ends_clean_where_generate_was_replaced(gpt2):
+    steerer, ids = attach(gpt2, topk_sae(), layer=LAYER), prompt(2)
+    with steerer.steer([[add(3, 2.0)], None], positions.prompt_only()):
+        gpt2(ids)
+        gpt2.generate = mine = lambda *args: None
+    assert gpt2.generate is mine
+    plain = gpt2(ids).logits
+    with steerer.steer([[add(3, 2.0)], None]):  # the block before is over
+        assert not torch.equal(gpt2(ids).logits, plain)
+    with pytest.raises((RuntimeError, OverflowError, ValueError)):
+        steerer.set([[add(3, 2.0)], None], positions.at([2**70]))
+    assert torch.equal(gpt2(ids).logits, plain)  # nothing was put in force
+    steerer.detach()
+
+
 @pytest.mark.parametrize("kind", ["own", "standard", "topk"])
 @torch.no_grad()
 def test_the_steerer_follows_its_coder(gpt2, kind):

@@ -126,6 +126,8 @@ def test_a_batch_that_is_not_finite_spoils_nothing(tmp_path):
     assert records[-1].fvu < records[0].fvu
     with pytest.raises(ValueError, match="must be raise, skip or ignore"):
         start().fit(batches, not_finite="drop")
+    with pytest.warns(UserWarning, match="batch 5 holds"):
+        train_sae(TopKSAE(D, F, K, seed=0), iter(batches), steps=12, not_finite="skip")
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path):
@@ -159,6 +161,13 @@ def test_a_run_can_be_extended(tmp_path):
     assert longer.step_count == 10
     for a, b in zip(whole.sae.state_dict().values(), longer.sae.state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_a_run_that_is_done_writes_its_checkpoint_all_the_same(tmp_path):
+    trainer = Trainer(TopKSAE(D, F, K, seed=0), TrainConfig(2, warmup=1))
+    trainer.fit(shuffled(data(), 100))
+    assert trainer.fit(shuffled(data(), 100), checkpoint=tmp_path / "run.pt") == []
+    assert (tmp_path / "run.pt").is_file()
 
 
 def test_checkpoint_from_before_a_field(tmp_path):
