@@ -94,12 +94,12 @@ def add_page(app: FastAPI, service: Service) -> None:
         known = latents()
         if reading >= _READING:
             raise FullError("too many prompts are being read")
-        ids, note = _prompt(service, await asyncio.to_thread(service.encode, body.prompt))
-        first = len(_beginning(service, ids))
-        if len(ids) == first:
-            raise RefusedError(400, "The prompt has no tokens of its own.")
         reading += 1
         try:
+            ids, note = _prompt(service, await asyncio.to_thread(service.encode, body.prompt))
+            first = len(_beginning(service, ids))
+            if len(ids) == first:
+                raise RefusedError(400, "The prompt has no tokens of its own.")
             found = await asyncio.to_thread(known.on_text, ids, first)
         except (NotImplementedError, ValueError) as error:
             raise RefusedError(501, f"Which latents fire cannot be shown: {error}.") from error
