@@ -31,8 +31,8 @@ from fastsae.lm.load import EMBEDDED, EMBEDDED_MODEL
 from fastsae.nn import SparseCoder
 
 NAME = "fastsae_python"
-# A text, and endings of which the first is right. No token may span a text and its ending: a harness
-# tokenizes both together, and would count such a token to neither.
+# A text, and endings of which the first is right. No token may span a text and its ending: a
+# harness tokenizes both together, and would count such a token to neither.
 ITEMS = [
     (
         "class Point:\n    def __init__(",
