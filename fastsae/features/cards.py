@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from .tokens import TokenShares
 INTERVALS = ((0.75, 1.0, 3), (0.5, 0.75, 1), (0.25, 0.5, 1), (0.0, 0.25, 1))
 BINS = 24  # of a histogram
 _REACH = 80  # tokens to both sides of a place that an excerpt may show
+_TITLED = 16  # strongest windows that make a title
+_TRIED = 24  # places of an interval that examples are chosen from
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ class Card:
     intervals: list[Interval]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # not `dataclasses.asdict`, which copies every number of thousands of cards
+        intervals = [
+            {**vars(some), "examples": [{**vars(one)} for one in some.examples]}
+            for some in self.intervals
+        ]
+        return {**vars(self), "intervals": intervals}
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,16 @@ class Scores:
         concentration: [F] share of its activation on its five most frequent tokens.
         agreement: [F] share of its activation that one of its promoted tokens follows.
         lift: [F] the same, as a multiple of how often those tokens occur at all.
+        fires_on, followed_by: the tokens of greatest share of its activation, where it falls and
+            what comes next: [F, up to 6] ids, and these shares.
     """
 
     score: torch.Tensor
     concentration: torch.Tensor
     agreement: torch.Tensor
     lift: torch.Tensor
+    fires_on: tuple[torch.Tensor, torch.Tensor]
+    followed_by: tuple[torch.Tensor, torch.Tensor]
 
 
 def score_latents(
@@ -148,24 +159,28 @@ def score_latents(
         words: [V] bool, tokens that say something alone. Latents of line ends and brackets are many
             and say little, so words count for more.
     """
-    n_latents = len(stats.count)
     share = token_counts.double() / token_counts.sum()
-    concentration = torch.zeros(n_latents, dtype=torch.float32)
-    worded = torch.zeros(n_latents, dtype=torch.float32)
-    agreement = torch.zeros(n_latents, dtype=torch.float32)
-    for j in stats.count.nonzero().flatten().tolist():
-        tokens, mass = fires.of(j)
-        concentration[j] = mass[:5].sum()
-        worded[j] = mass[words[tokens]].sum()
-        tokens, mass = follows.of(j)
-        agreement[j] = mass[torch.isin(tokens, promoted[j])].sum()
+    worded, agreement, most, next_most = [], [], [], []
+    for (_, on), (latents, after) in zip(fires.blocks(), follows.blocks()):
+        most.append(on.topk(min(6, on.shape[1])))
+        next_most.append(after.topk(min(6, after.shape[1])))
+        worded.append(on @ words[fires.ids].double())
+        own = promoted[latents]
+        column = torch.searchsorted(follows.ids, own).clamp(max=len(follows.ids) - 1)
+        found = follows.ids[column] == own
+        agreement.append((after.gather(1, column) * found).sum(1))
+    fires_on, followed_by = (
+        (of.ids[torch.cat([one.indices for one in top])], torch.cat([one.values for one in top]))
+        for of, top in ((fires, most), (follows, next_most))
+    )
+    concentrated, agreed = fires_on[1][:, :5].sum(1).float(), torch.cat(agreement).float()
     expected = share[promoted].sum(-1)
-    lift = agreement / expected.clamp(min=1e-6)
+    lift = agreed / expected.clamp(min=1e-6)
     usable = (stats.count >= min_count) & (stats.density <= max_density)
-    score = concentration + agreement + 0.2 * torch.log2(lift.clamp(min=1, max=64))
-    score = score + worded + words[promoted].float().mean(-1)
+    score = concentrated + agreed + 0.2 * torch.log2(lift.clamp(min=1, max=64))
+    score = score + torch.cat(worded).float() + words[promoted].float().mean(-1)
     score = torch.where(usable, score.double(), -torch.inf).float()
-    return Scores(score, concentration, agreement, lift.float())
+    return Scores(score, concentrated, agreed, lift.float(), fires_on, followed_by)
 
 
 def choose_latents(
@@ -223,75 +238,69 @@ class CardMaker:
         stats: FeatureStats,
         scores: Scores,
         effects: Effects,
-        fires: TokenShares,
-        follows: TokenShares,
         windows: Windows,
         text: TokenText,
     ) -> None:
         self._reader = Reader(windows, text)
-        self._stats, self._scores = stats, scores
-        self._fires, self._follows = fires, follows
-        self._text = text
-        self._histogram = stats.histogram(BINS)
+        self._stats, self._text = stats, text
+        self._histogram = stats.histogram(BINS).tolist()
+        self._max, self._density = rounded(stats.max), rounded(stats.density)
+        self._agreement = rounded(scores.agreement)
+        self._concentration = rounded(scores.concentration)
+        self._fires_on = self._pairs(*scores.fires_on, least=0.01)
+        self._followed_by = self._pairs(*scores.followed_by, least=0.01)
         self._promotes = self._pairs(effects.promoted, effects.raised)
         self._suppresses = self._pairs(effects.suppressed, effects.lowered)
 
-    def _pairs(self, tokens: torch.Tensor, values: torch.Tensor) -> list[list[tuple[str, float]]]:
+    def _pairs(
+        self, tokens: torch.Tensor, values: torch.Tensor, least: float = -math.inf
+    ) -> list[list[tuple[str, float]]]:
+        text = {token: self._text[token] for token in tokens.unique().tolist()}
         return [
-            [(self._text[t], rounded(v)) for t, v in zip(*row)]
-            for row in zip(tokens.tolist(), values.tolist())
+            [(text[t], v) for t, v in zip(*row) if v > least]
+            for row in zip(tokens.tolist(), rounded(values))
         ]
 
     def card(self, latent: int) -> Card:
         """Everything that is shown of one latent."""
-        places, activations = self._stats.top(latent)
+        places, activations = (one.tolist() for one in self._stats.top(latent))
+        weights = [abs(a) for a in activations[:_TITLED]]
         return Card(
             index=latent,
-            title=title(map(self._reader.around, places.tolist()), activations.abs().tolist()),
-            max_activation=rounded(float(self._stats.max[latent])),
-            density=rounded(float(self._stats.density[latent])),
-            fires_on=self._shares(self._fires, latent),
+            title=title(map(self._reader.around, places[:_TITLED]), weights),
+            max_activation=self._max[latent],
+            density=self._density[latent],
+            fires_on=self._fires_on[latent],
             promotes=self._promotes[latent],
             suppresses=self._suppresses[latent],
-            followed_by=self._shares(self._follows, latent),
-            agreement=rounded(float(self._scores.agreement[latent])),
-            concentration=rounded(float(self._scores.concentration[latent])),
-            histogram=self._histogram[latent].tolist(),
-            intervals=self._intervals(latent),
+            followed_by=self._followed_by[latent],
+            agreement=self._agreement[latent],
+            concentration=self._concentration[latent],
+            histogram=self._histogram[latent],
+            intervals=self._intervals(latent, places, activations),
         )
 
-    def _shares(self, of: TokenShares, latent: int) -> list[tuple[str, float]]:
-        tokens, shares = of.of(latent)
-        pairs = zip(tokens[:6].tolist(), shares[:6].tolist())
-        return [(self._text[t], rounded(share)) for t, share in pairs if share > 0.01]
-
-    def _intervals(self, latent: int) -> list[Interval]:
+    def _intervals(self, latent: int, top: list[int], activations: list[float]) -> list[Interval]:
         places, values = self._stats.of(latent)
-        largest = float(self._stats.max[latent])
-        strongest, activations = self._stats.top(latent)
-        total = sum(count for _, _, count in INTERVALS)
+        largest = max(activations, default=0.0)
         candidates, shares = [], []
         for low, high, _ in INTERVALS:
+            found, number = self._stats.between(latent, low * largest, high * largest, _TRIED)
             if high == 1.0:
-                found = strongest[activations > low * largest].tolist()
-                number = int((values > low * largest).sum())
-            else:
-                ends = low * largest, high * largest
-                found, number = self._stats.between(latent, *ends, 4 * total)
+                found = [p for p, a in zip(top, activations) if a > low * largest]
             candidates.append(found)
             shares.append(number / max(1, len(values)))
         chosen = spread(candidates, [count for _, _, count in INTERVALS], self._reader)
         return [
-            Interval(low, high, rounded(share), [self._example(p, places, values) for p in some])
+            Interval(low, high, round(share, 4), [self._example(p, places, values) for p in some])
             for (low, high, _), share, some in zip(INTERVALS, shares, chosen)
             if some
         ]
 
     def _example(self, place: int, places: np.ndarray, values: np.ndarray) -> Example:
-        near = slice(*np.searchsorted(places, [place - _REACH, place + _REACH]))
-        return self._reader.example(
-            place, places[near].tolist(), [rounded(v) for v in values[near].tolist()]
-        )
+        first, last = places.searchsorted([place - _REACH, place + _REACH]).tolist()
+        near = [float(f"{value:.4g}") for value in values[first:last].tolist()]
+        return self._reader.example(place, places[first:last].tolist(), near)
 
 
 def spread(
@@ -328,6 +337,8 @@ def spread(
     return chosen
 
 
-def rounded(x: float) -> float:
-    """Four significant digits: what a reader sees of a number."""
-    return float(f"{x:.4g}") if math.isfinite(x) else x
+def rounded(values: torch.Tensor) -> Any:
+    """As lists, to four significant digits: what a reader sees of a number."""
+    x = values.double()
+    size = 10.0 ** (3 - x.abs().log10().floor())
+    return torch.where(size.isfinite(), (x * size).round() / size, x).tolist()

@@ -6,6 +6,8 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from ..lm.harvest import Windows
 from ..lm.tokens import TokenText
@@ -23,8 +25,8 @@ class Example:
     Attributes:
         document: where it is from.
         pieces: the text, cut into the tokens where the latent fires and the stretches between
-            them. White space is one space or one line end; a line end that would make an empty
-            line, or end the text, is `↵` where the latent fires on it.
+            them. White space is one space or one line end, and lines are neither empty nor
+            indented; where the latent fires on a line end that is left out, the piece is `↵`.
         activations: the latent's activation on each piece, 0 on a stretch.
         peak: which of the pieces is the place.
     """
@@ -35,8 +37,7 @@ class Example:
     peak: int
 
 
-@dataclass(frozen=True)
-class Around:
+class Around(NamedTuple):
     """The word or mark that a token belongs to, and its neighbours; "" where there are none.
 
     A token of white space is `LINE_END` or `SPACE`.
@@ -49,17 +50,26 @@ class Around:
 
 @dataclass(frozen=True)
 class _Text:
-    """A window's text.
+    """A window's text, tidy: without indentation, empty lines and runs of spaces.
 
     Attributes:
         text: without the positions that are left out.
         starts: where each token begins, and the end.
         units: (begin, end) of its words and marks.
+        raw: the tokens as they were.
     """
 
     text: str
     starts: list[int]
     units: list[tuple[int, int]]
+    raw: list[str]
+
+    def unit(self, number: int) -> str:
+        """A word or mark; "" beyond the first and the last."""
+        if not 0 <= number < len(self.units):
+            return ""
+        low, high = self.units[number]
+        return self.text[low:high]
 
 
 class Reader:
@@ -74,6 +84,7 @@ class Reader:
         self._length = windows.kept.shape[1]
         self._token_text = text
         self._whole: dict[int, str | None] = {}  # text of tokens that are whole characters
+        self._tidy: dict[str, str] = {}
         self._texts: dict[int, _Text] = {}
 
     def document(self, place: int) -> str:
@@ -88,7 +99,9 @@ class Reader:
     def _pieces(self, tokens: Sequence[int]) -> list[str]:
         """As `TokenText.pieces`, token by token where every token is whole characters."""
         for token in {*tokens} - self._whole.keys():
-            alone = self._token_text.text([token])
+            alone = self._token_text[token]
+            if "\\x" in alone:  # perhaps a byte that is no character
+                alone = self._token_text.text([token])
             self._whole[token] = None if _UNFINISHED in alone else alone
         pieces = [self._whole[token] for token in tokens]
         if None in pieces:
@@ -96,12 +109,25 @@ class Reader:
         return pieces  # type: ignore[return-value]
 
     def _text(self, window: int) -> _Text:
-        if window not in self._texts:
-            starts, pieces = [0], self._pieces(self._tokens[window])
-            for piece in pieces:
-                starts.append(starts[-1] + len(piece))
-            text = "".join(pieces)
-            self._texts[window] = _Text(text, starts, [m.span() for m in _UNIT.finditer(text)])
+        if window in self._texts:
+            return self._texts[window]
+        raw = self._pieces(self._tokens[window])
+        pieces, starts, last = [], [0], "\n"
+        for token in raw:
+            piece = self._tidy.get(token)
+            if piece is None:
+                lines = re.sub(r"\s*\n\s*", "\n", token)
+                piece = self._tidy[token] = re.sub(r"[^\S\n]+", " ", lines)
+            if last == "\n":
+                piece = piece.lstrip()
+            elif last == " ":
+                piece = piece.lstrip(" ")
+            pieces.append(piece)
+            starts.append(starts[-1] + len(piece))
+            last = piece[-1:] or last
+        text = "".join(pieces)
+        units = [found.span() for found in _UNIT.finditer(text)]
+        self._texts[window] = _Text(text, starts, units, raw)
         return self._texts[window]
 
     def around(self, place: int) -> Around:
@@ -110,16 +136,14 @@ class Reader:
         window, position = divmod(place, self._length)
         here = self._text(window)
         low, high = here.starts[position : position + 2]
-        token = here.text[low:high]
-        first = re.search(r"\w", token) or re.search(r"\S", token)
-        at = bisect_right(here.units, (low + (first.start() if first else 0), len(here.text))) - 1
-        if at >= 0 and (first or not token):  # no text: the first bytes of a character
-            unit, near = here.text[slice(*here.units[at])], (at - 1, at + 1)
+        token, raw = here.text[low:high], here.raw[position]
+        core = _core(token)
+        at = bisect_right(here.units, (low + (core or 0), len(here.text))) - 1
+        if at >= 0 and (core is not None or not raw):  # no text: the first bytes of a character
+            unit, before, after = here.unit(at), here.unit(at - 1), here.unit(at + 1)
         else:
-            unit, near = LINE_END if "\n" in token else SPACE, (at, at + 1)
-        before, after = (
-            here.text[slice(*here.units[i])] if 0 <= i < len(here.units) else "" for i in near
-        )
+            unit = LINE_END if "\n" in raw else SPACE
+            before, after = here.unit(at), here.unit(at + 1)
         return Around(unit if len(unit) <= _LONGEST else token.strip(), before, after)
 
     def example(
@@ -140,7 +164,7 @@ class Reader:
         """
         window, position = divmod(place, self._length)
         here = self._text(window)
-        starts, first = here.starts, window * self._length
+        text, starts, first = here.text, here.starts, window * self._length
         begin = _begin(here, starts[position], before)
         end = _end(here, starts[position + 1], after)
         pieces: list[str] = []
@@ -149,24 +173,39 @@ class Reader:
         for spot, value in zip(fires_at, activations):
             if not 0 <= spot - first < self._length:
                 continue
-            low, high = max(starts[spot - first], at), min(starts[spot - first + 1], end)
-            if low >= high and spot != place:
+            low, high = starts[spot - first], starts[spot - first + 1]
+            if spot != place and (high <= begin or low >= end):
                 continue
+            low, high = max(low, begin), min(high, end)
+            if low > at:
+                pieces.append(text[at:low])
+                values.append(0.0)
             if spot == place:
-                peak = len(pieces) + 1
-            pieces += [here.text[at:low], here.text[low:high]]
-            values += [0.0, value]
+                peak = len(pieces)
+            pieces.append(text[low:high] or _left_out(here.raw[spot - first]))
+            values.append(value)
             at = max(at, high)
-        pieces.append(here.text[at:end])
-        values.append(0.0)
-        tidied = tidy(pieces, [value != 0 for value in values])
-        kept = [i for i, piece in enumerate(tidied) if piece or values[i] != 0]
-        return Example(
-            document=self.windows.documents[window],
-            pieces=[tidied[i] for i in kept],
-            activations=[values[i] for i in kept],
-            peak=kept.index(peak),
-        )
+        rest = text[at:end].rstrip()
+        if rest:
+            pieces.append(rest)
+            values.append(0.0)
+        elif pieces[-1].endswith("\n"):
+            pieces[-1] = pieces[-1][:-1] + "↵"
+        if pieces[0][:1].isspace():
+            pieces[0] = pieces[0].lstrip() or _left_out(pieces[0])
+        return Example(self.windows.documents[window], pieces, values, peak)
+
+
+@lru_cache(1 << 16)
+def _core(token: str) -> int | None:
+    """Where a token's first word begins, else its first mark; None where it is white space."""
+    found = re.search(r"\w", token) or re.search(r"\S", token)
+    return found.start() if found else None
+
+
+def _left_out(token: str) -> str:
+    """What stands for a token whose text is left out."""
+    return "↵" if "\n" in token else token[:1]
 
 
 def _begin(here: _Text, at: int, before: int) -> int:
@@ -176,16 +215,16 @@ def _begin(here: _Text, at: int, before: int) -> int:
     inside = bisect_right(here.units, (at, -1)) - 1
     if inside >= 0 and here.units[inside][1] > at:
         latest = here.units[inside][0]
-    first = bisect_left(here.units, (max(1, at - before), 0))  # at 0 a window may cut a word
+    least = 0 if here.raw[0][:1].isspace() else 1  # else the window may begin inside a word
+    first = bisect_left(here.units, (max(least, at - before), 0))
     begins = [low for low, _ in here.units[first : bisect_right(here.units, (latest, len(text)))]]
-    lines = [low for low in begins if text[:low].rstrip(" \t").endswith("\n")]
-    if lines and at - lines[0] >= before // 2:
-        return lines[0]
     if not begins:
         return max(latest, at - before)
-    spaced = [low for low in begins if text[low - 1].isspace()]
-    worded = [low for low in spaced if text[low].isalnum()]
-    return (worded or spaced or begins)[0]
+    line = next((low for low in begins if text[low - 1 : low] == "\n"), at)
+    if at - line >= before // 2:
+        return line
+    spaced = [low for low in begins if low == 0 or text[low - 1].isspace()]
+    return next((low for low in spaced if text[low].isalnum()), (spaced or begins)[0])
 
 
 def _end(here: _Text, at: int, after: int) -> int:
@@ -193,40 +232,7 @@ def _end(here: _Text, at: int, after: int) -> int:
     text, last = here.text, min(len(here.text), at + after)
     inside = bisect_left(here.units, (at, 0)) - 1
     earliest = max(at, here.units[inside][1]) if inside >= 0 else at
-    ends = [high for low, high in here.units[max(0, inside) :][:after] if earliest <= high <= last]
-    spaced = [high for high in ends if text[high : high + 1].isspace()]
-    return spaced[-1] if spaced else ends[-1] if ends else min(earliest, last)
-
-
-def tidy(pieces: Sequence[str], fires: Sequence[bool]) -> list[str]:
-    """Pieces of an excerpt without indentation, empty lines and white space around it.
-
-    Where a latent fires on a line end that goes, the piece is `↵`.
-    """
-    out: list[str] = []
-    last = -1  # the last piece that has text
-    for i, (piece, active) in enumerate(zip(pieces, fires)):
-        piece = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", piece))
-        fresh = last < 0 or out[last].endswith(("\n", "↵"))
-        if fresh and (not active or piece.strip()):
-            piece = piece.lstrip()
-        elif fresh and piece.startswith("\n"):
-            if last >= 0 and not fires[last]:
-                out[last] = out[last].rstrip()
-            else:
-                piece = "↵" + piece[1:]
-        elif not fresh and out[last].endswith(" ") and piece[:1].isspace():
-            if not fires[last]:
-                out[last] = out[last].rstrip()
-            elif not active:
-                piece = piece.lstrip(" ")
-        out.append(piece)
-        last = i if piece else last
-    for i in reversed(range(len(out))):
-        if fires[i]:
-            out[i] = re.sub(r"\n$", "↵", out[i])
-        else:
-            out[i] = out[i].rstrip()
-        if out[i]:
-            break
-    return out
+    beyond = bisect_right(here.units, (last, 0))
+    ends = [high for _, high in here.units[max(0, inside) : beyond] if earliest <= high <= last]
+    spaced = (high for high in reversed(ends) if text[high : high + 1].isspace())
+    return next(spaced, ends[-1] if ends else min(earliest, last))

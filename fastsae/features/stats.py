@@ -18,6 +18,7 @@ class _ByLatent:
     latents: _Array
     places: _Array
     values: _Array
+    starts: _Array  # the first place of every window
     count: torch.Tensor
     total: torch.Tensor
     max: torch.Tensor
@@ -44,7 +45,7 @@ class FeatureStats:
         self._n_latents = n_latents
         self._kept = kept
         self._firings: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._starts: list[torch.Tensor] = []  # the first place of every window
+        self._starts: list[torch.Tensor] = []
         self._sorted: _ByLatent | None = None
 
     def update(self, values: torch.Tensor, indices: torch.Tensor, places: torch.Tensor) -> None:
@@ -78,8 +79,9 @@ class FeatureStats:
             largest = torch.zeros(self._n_latents, dtype=torch.float32)
             largest.scatter_reduce_(0, latent.long(), value, "amax", include_self=False)
             self._sorted = _ByLatent(
-                bounds.numpy(), latent.numpy(), place.numpy(), value.numpy(), bounds.diff(), total,
-                largest,
+                bounds.numpy(), latent.numpy(), place.numpy(), value.numpy(),
+                torch.cat([torch.empty(0, dtype=torch.long), *self._starts]).numpy(),
+                bounds.diff(), total, largest,
             )  # fmt: skip
         return self._sorted
 
@@ -119,11 +121,16 @@ class FeatureStats:
         counts = np.bincount(latents * bins + step, minlength=self._n_latents * bins)
         return torch.from_numpy(counts).view(self._n_latents, bins)
 
+    def span(self, low: int, high: int) -> tuple[_Array, _Array, _Array]:
+        """Latents, places and activations of all firings of latents low to high - 1, latent by
+        latent, each by place."""
+        firings = self._by_latent()
+        here = slice(firings.bounds[low], firings.bounds[high])
+        return firings.latents[here], firings.places[here], firings.values[here]
+
     def of(self, latent: int) -> tuple[_Array, _Array]:
         """Places and activations of all firings of a latent, by place."""
-        firings = self._by_latent()
-        here = slice(firings.bounds[latent], firings.bounds[latent + 1])
-        return firings.places[here], firings.values[here]
+        return self.span(latent, latent + 1)[1:]
 
     def top(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Places and activations of a latent in its strongest windows, strongest first.
@@ -131,11 +138,20 @@ class FeatureStats:
         One place of each window, so that one text does not fill the list. Of equals the first.
         """
         places, values = self.of(latent)
-        order = np.argsort(-values, kind="stable")
-        starts = torch.cat(self._starts).numpy()
-        windows = np.searchsorted(starts, places[order], side="right")
-        first = np.sort(np.unique(windows, return_index=True)[1])[: self._kept]
-        chosen = order[first]
+        starts = self._by_latent().starts
+        many = 4 * self._kept
+        while True:  # sorting a few is enough, where they are of windows enough
+            few = np.arange(len(values))
+            if many < len(values):
+                least = np.partition(values, len(values) - many)[len(values) - many]
+                few = np.flatnonzero(values >= least)
+            order = few[np.argsort(-values[few], kind="stable")]
+            windows = np.searchsorted(starts, places[order], side="right").tolist()
+            first = {window: i for i, window in reversed([*enumerate(windows)])}
+            if len(first) >= self._kept or many >= len(values):
+                break
+            many *= 4
+        chosen = order[sorted(first.values())[: self._kept]]
         return torch.from_numpy(places[chosen]), torch.from_numpy(values[chosen])
 
     def between(self, latent: int, low: float, high: float, count: int) -> tuple[list[int], int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from .excerpts import LINE_END, SPACE, Around
@@ -60,14 +59,14 @@ def named(unit: str) -> str:
 def _ranked(units: Iterable[tuple[str, float]], count: int) -> tuple[list[str], float]:
     """The `count` heaviest units, each in its most frequent spelling, and their share. Of two or
     more, those are left out that say little beside the first."""
-    mass: dict[str, float] = defaultdict(float)
-    spelt: dict[str, Counter[str]] = defaultdict(Counter)
+    mass: dict[str, float] = {}
+    spelt: list[tuple[str, str]] = []
     for unit, weight in units:
-        mass[unit.casefold()] += weight
-        spelt[unit.casefold()][unit] += 1
-    total = sum(mass.values()) or 1.0
+        folded = unit.casefold()
+        mass[folded] = mass.get(folded, 0.0) + weight
+        spelt.append((folded, unit))
     order = sorted(mass, key=lambda unit: -mass[unit])[:count]
     order = [unit for unit in order if mass[unit] >= 0.15 * mass[order[0]]]
-    return [spelt[unit].most_common(1)[0][0] for unit in order], sum(
-        mass[unit] for unit in order
-    ) / total
+    share = sum(mass[unit] for unit in order) / (sum(mass.values()) or 1.0)
+    named_as = [[own for folded, own in spelt if folded == unit] for unit in order]
+    return [max(own, key=own.count) for own in named_as], share

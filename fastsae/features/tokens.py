@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
 from .stats import FeatureStats
+
+_BLOCK = 64  # latents of which something dense is made at a time
 
 
 class TokenShares:
@@ -15,20 +17,39 @@ class TokenShares:
 
     Args:
         tokens: [P] int64, the token id that the activation at each place counts for; -1 for none.
+
+    Attributes:
+        ids: [M] the token ids that occur, increasing.
     """
 
     def __init__(self, stats: FeatureStats, tokens: torch.Tensor) -> None:
         self._stats = stats
-        self._ids, self._column = np.unique(tokens.numpy(), return_inverse=True)
+        self._n_latents = len(stats.count)
+        ids, self._column = np.unique(tokens.numpy(), return_inverse=True)
+        self._none = int(ids[0] < 0)
+        self.ids = torch.from_numpy(ids[self._none :])
+
+    def rows(self, low: int, high: int) -> torch.Tensor:
+        """[high - low, M] float64: shares of the activation of some latents, each row's sum 1."""
+        latents, places, values = self._stats.span(low, high)
+        width = len(self.ids) + self._none
+        keys = (latents - low).astype(np.int64) * width + self._column[places]
+        mass = np.bincount(keys, np.abs(values), (high - low) * width).reshape(-1, width)
+        mass = mass[:, self._none :]
+        return torch.from_numpy(mass / np.maximum(mass.sum(1, keepdims=True), 1e-300))
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`rows` of all latents, some at a time, and which they are."""
+        for low in range(0, self._n_latents, _BLOCK):
+            high = min(low + _BLOCK, self._n_latents)
+            yield slice(low, high), self.rows(low, high)
 
     def of(self, latent: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of a latent by falling share of its activation, and these shares (sum 1)."""
-        places, values = self._stats.of(latent)
-        mass = np.bincount(self._column[places], np.abs(values), len(self._ids))
-        found = np.flatnonzero(mass * (self._ids >= 0))
-        found = found[np.argsort(-mass[found], kind="stable")]
-        shares = mass[found] / max(mass[found].sum(), 1e-300)
-        return torch.from_numpy(self._ids[found]), torch.from_numpy(shares)
+        shares = self.rows(latent, latent + 1)[0]
+        shares, at = shares.sort(descending=True, stable=True)
+        count = int((shares > 0).sum())
+        return self.ids[at[:count]], shares[:count]
 
 
 class TokenMass:

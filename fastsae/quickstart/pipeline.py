@@ -355,7 +355,7 @@ def study_latents(
     chosen = choose_latents(scores.score, sae.W_dec, fires, promoted, alike, many)
     # a reader sees words come and go: candidates for steering promote mostly words
     worded = [j for j in chosen if words[promoted[j]].float().mean() >= 0.6]
-    maker = CardMaker(stats, scores, effects, fires, follows, store.windows, text)
+    maker = CardMaker(stats, scores, effects, store.windows, text)
     shown, candidates = chosen[: settings.cards], worded[: settings.candidates]
     by_count = torch.argsort(stats.count, descending=True, stable=True)[: settings.max_cards]
     firing = by_count[stats.count[by_count] > 0].tolist()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastsae.features.cards import BINS, CardMaker, Effects, Scores, spread
-from fastsae.features.excerpts import LINE_END, SPACE, Around, Example, Reader, tidy
+from fastsae.features.excerpts import LINE_END, SPACE, Around, Example, Reader
 from fastsae.features.stats import FeatureStats
 from fastsae.features.titles import title
 from fastsae.features.tokens import TokenShares
@@ -110,11 +110,18 @@ def test_a_character_in_two_tokens_is_shown_once() -> None:
     assert reader.around(3) == reader.around(4) == Around("🙂", "well", "yes")
 
 
-def test_tidy_keeps_the_line_ends_where_a_latent_fires() -> None:
-    assert tidy(["a\n\n", "\n", "  b  \n"], [False, True, False]) == ["a", "\n", "b"]
-    assert tidy(["a", "\n", "\n", " b"], [False, True, True, False]) == ["a", "\n", "↵", "b"]
-    assert tidy(["\n", "\n\n", "a\n", "\n  "], [False, True, False, True]) == ["", "↵", "a", "↵"]
-    assert tidy(["a", " b", "\t\t"], [False, True, False]) == ["a", " b", ""]
+def pieces_of(tokens: list[str], fires_at: list[int], place: int) -> list[str]:
+    return read(tokens).example(place, fires_at, [1.0] * len(fires_at)).pieces
+
+
+def test_excerpts_keep_the_line_ends_where_a_latent_fires() -> None:
+    tokens = [" x", "a", "\n\n", "\n", "  b", "  \n", "\t", "c", " ", " d", "\n ", "\n"]
+    assert pieces_of(tokens, [1], 1) == ["x", "a", "\nb\nc d"]
+    assert pieces_of(tokens, [2], 2) == ["xa", "\n", "b\nc d"]
+    assert pieces_of(tokens, [2, 3], 3) == ["xa", "\n", "↵", "b\nc d"]
+    assert pieces_of(tokens, [6, 8, 9], 6) == ["xa\nb\n", "\t", "c", " ", "d"]
+    assert pieces_of(tokens, [10, 11], 10) == ["xa\nb\nc d", "↵"]
+    assert pieces_of(tokens, [10, 11], 11) == ["xa\nb\nc d", "\n", "↵"]
 
 
 def test_around_is_the_whole_word_and_its_neighbours() -> None:
@@ -175,14 +182,18 @@ def maker() -> tuple[CardMaker, torch.Tensor]:
     stats = FeatureStats(3)
     index = torch.arange(3).int().expand(N, LENGTH, 3)
     stats.update(dense, index, torch.arange(N * LENGTH).view(N, LENGTH))
-    following = torch.cat([tokens[:, 1:], torch.full((N, 1), -1)], 1)
-    fires, follows = (TokenShares(stats, t.reshape(-1)) for t in (tokens, following))
+    shares = TokenShares(stats, tokens.reshape(-1))
     ids = torch.tensor([[0, 1]] * 3)
     effects = Effects(ids, ids * 0.5, ids.flip(1), ids * -0.5)
     windows = Windows(tokens, [f"d{i}" for i in range(N)], 0)
-    scores = Scores(*torch.zeros(4, 3))
+    fires_on = tuple(
+        torch.stack(some)
+        for some in zip(*(shares.rows(j, j + 1)[0].sort(descending=True) for j in range(3)))
+    )
+    fires_on = fires_on[1], fires_on[0]
+    scores = Scores(*torch.zeros(4, 3), fires_on, fires_on)
     text = Pieces(vocabulary)
-    return CardMaker(stats, scores, effects, fires, follows, windows, text), dense  # type: ignore[arg-type]
+    return CardMaker(stats, scores, effects, windows, text), dense  # type: ignore[arg-type]
 
 
 def test_a_card_has_examples_by_interval_one_of_each_document() -> None:
