@@ -29,7 +29,7 @@ def on_silicon(level: str, more: list[str]) -> int:
     try:
         import xdist  # noqa: F401
 
-        command += ["-n", "auto", "--dist", "loadfile"]
+        command += ["-n", "auto", "--dist", "worksteal"]
     except ImportError:
         pass
     environment = os.environ | {"FASTSAE_CPU_LEVEL": level}
