@@ -31,8 +31,8 @@ from fastsae.lm.load import EMBEDDED, EMBEDDED_MODEL
 from fastsae.nn import SparseCoder
 
 NAME = "fastsae_python"
-# A text, and endings of which the first is right. No token may span a text and its ending: a
-# harness tokenizes both together, and would count such a token to neither.
+# A text, and endings of which the first is right. No token spans a text and its ending: a harness
+# tokenizes both together, and such a token would count for neither.
 ITEMS = [
     (
         "class Point:\n    def __init__(",
@@ -51,7 +51,7 @@ ITEMS = [
         "names = []\nfor name in table:\n    names",
         [".append(name)", ".add(name)", ".write(name)", ".split(name)"],
     ),
-    ("text = ', '", [".join(names)", ".split(names)", ".append(names)", ".read(names)"]),
+    ("words = text", [".split()", ".append()", ".read()", ".items()"]),
     ("for key, value in table", [".items():", ".keys():", ".values():", ".split():"]),
     ("for line in f:\n    line = line", [".strip()", ".close()", ".items()", ".append()"]),
     (

@@ -30,19 +30,20 @@ def simple_evaluate(model, model_args, tasks, task_manager, batch_size, bootstra
     samples = []
     for doc in map(json.loads, lines):
         before = task["doc_to_text"].replace("{{query}}", doc["query"])
-        first = len(tokenizer(before.rstrip(), add_special_tokens=False).input_ids)
+        read = tokenizer(before, add_special_tokens=False).input_ids
         whole = [before + choice for choice in doc[task["doc_to_choice"]]]
         body = {
             "model": model_args["model"], "temperature": 0, "max_tokens": 1, "logprobs": 1,
             "seed": 1234, "echo": True,
             "prompt": [tokenizer(text, add_special_tokens=False).input_ids for text in whole],
         }
-        assert all(ids[0] == tokenizer.bos_token_id != ids[1] for ids in body["prompt"])
+        assert read[0] == tokenizer.bos_token_id != read[1]
+        assert all(ids[: len(read)] == read for ids in body["prompt"])  # no token spans both
         request = urllib.request.Request(
             model_args["base_url"], json.dumps(body).encode(), {"content-type": "application/json"}
         )
         choices = json.load(urllib.request.urlopen(request))["choices"]
-        sums = [sum(c["logprobs"]["token_logprobs"][first:-1]) for c in choices]
+        sums = [sum(c["logprobs"]["token_logprobs"][len(read) : -1]) for c in choices]
         samples.append({"filtered_resps": [(s, False) for s in sums], "target": doc["gold"]})
     right = [
         s["filtered_resps"].index(max(s["filtered_resps"])) == s["target"] for s in samples
@@ -75,7 +76,7 @@ def test_both_scores_are_printed(folder, tmp_path):
     assert told == f"16 items; steered: {steer}"
     assert plain.split()[0] == "unsteered" and steered.split()[0] == "steered"
     accuracy, right = map(float, plain.split()[1:])
-    assert accuracy > 0.4 and -4 < right < -2  # four endings each
+    assert accuracy > 0.4 and -5 < right < -2  # four endings each
     assert float(steered.split()[2]) < right - 1
     wrong = run(folder, "--steer", '[{"latent": 64, "value": 1}]', path=(tmp_path,))
     assert wrong.returncode == 2 and "whose SAE has 64" in wrong.stderr and not wrong.stdout
