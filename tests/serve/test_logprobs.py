@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -273,6 +275,26 @@ def test_a_token_is_told_by_its_text_and_bytes(service):
     names._token = type("Unknown", (dict,), {"text": lambda self, ids: "\ufffd"})(names._token)
     names._spellings.clear()
     assert names._entry(7, -1.0) == {"token": "\ufffd", "logprob": -1.0, "bytes": None}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_naming_the_tokens_of_a_prompt_holds_nobody_up(server, service, monkeypatch, stream):
+    begun, original = threading.Event(), service.scores.completion
+
+    def slowly(*args):
+        begun.set()
+        time.sleep(1.5)
+        return original(*args)
+
+    monkeypatch.setattr(service.scores, "completion", slowly)
+    body = dict(prompt="x = 1", echo=True, max_tokens=0, logprobs=1, stream=stream)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(httpx.post, server.url + "/v1/completions", json=body, timeout=20)
+        assert begun.wait(5)
+        start = time.monotonic()
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert time.monotonic() - start < 1.0 and not long.done()
+        assert long.result().status_code == 200
 
 
 def test_a_stop_string_cuts_tokens_off(server, service):
